@@ -1,0 +1,34 @@
+"""Names found in a checkpoint, turned into paths that stay inside it."""
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from .errors import ConversionError
+
+
+def inside(folder: Path, name: str, named_by: Path) -> Path:
+    """`folder / name`, refused unless it stays in `folder`.
+
+    A snapshot of the Hub's cache is a folder of links into the `blobs` beside it, which count as inside.
+
+    Args:
+        folder: the checkpoint.
+        name: a plain file name found in it.
+        named_by: the file that holds the name, for the message.
+
+    Raises:
+        ConversionError: the name is a path, or a link that leaves the checkpoint.
+    """
+    plain = bool(name) and "\0" not in name and name not in {".", ".."}
+    if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+        raise ConversionError(
+            f"{named_by} names {name!r}, which is no plain file name: a checkpoint's files lie in its own folder; "
+            "do not use this checkpoint unless you trust where it came from"
+        )
+    path = folder / name
+    target = path.resolve()
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ConversionError(f"{path} is a link out of the checkpoint: put the file itself there")
+    return path

@@ -1,0 +1,350 @@
+"""Checkpoints of every form, opened by what is in them, behind one interface: a config, specs, and `read(name)`."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from . import config as configs
+from . import distcp
+from .errors import ConversionError
+from .layout import TensorSpec, group_names, measure
+from .paths import inside
+from .tokenizer import find_tokenizer, special_token_ids
+
+
+MAX_TEXT_BYTES = 64 * 2**20
+_TRAINING_NAME = re.compile(r"model\.([HL])_level\.core\.layers\.(\d+)\.(.+)")
+# Written by older training code and unused by the model.
+_UNUSED = re.compile(r"model\.zH_init|model\.[HL]_level\.core\.rotary_emb\..*")
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass
+class Source:
+    """An opened checkpoint. Opening reads headers only; `read` reads one tensor of the published layout."""
+
+    path: Path
+    kind: str
+    config: dict[str, Any]
+    specs: dict[str, TensorSpec]
+    provenance: dict[str, str]
+    warnings: list[str]
+    tokenizer: Path | None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this published name, on the CPU, in the dtype that it is stored in.
+
+        Raises:
+            ConversionError: the file is damaged or gone.
+        """
+        raise NotImplementedError
+
+
+def open_source(
+    path: Path, epoch: int | None = None, weights: str = "ema", tokenizer: Path | None = None, label: str | None = None
+) -> Source:
+    """Opens a checkpoint folder of any form.
+
+    Args:
+        path: a training checkpoint or a Hugging Face folder.
+        epoch: which epoch of a training checkpoint; None is the latest.
+        weights: `ema` (averages) or `raw`, of a training checkpoint.
+        tokenizer: a tokenizer folder or `tokenizer.json` to use in place of the checkpoint's.
+        label: what the model card calls the source; None is the folder's name.
+
+    Raises:
+        ConversionError: it is no checkpoint, or a damaged or hostile one.
+    """
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist: pass a checkpoint folder or a Hub id like user/name")
+    if not path.is_dir():
+        raise ConversionError(f"{path} is a file: pass the folder that it lies in")
+    entries = {entry.name for entry in _listing(path)}
+    if re.fullmatch(r"fsdp2_epoch_\d+", path.name) and ".metadata" in entries:
+        raise ConversionError(
+            f"{path} is one epoch: pass the folder above it, and --epoch for another than the latest"
+        )
+    label = label or path.resolve().name
+    if "all_config.yaml" in entries or any(name.startswith("fsdp2_epoch_") for name in entries):
+        return _TrainingCheckpoint.open(path, epoch, weights, tokenizer, label)
+    if epoch is not None or weights != "ema":
+        raise ConversionError(f"{path} is no training checkpoint: --epoch and --weights do not apply to it")
+    if "config.json" in entries:
+        return _ModelFolder.open(path, tokenizer, label)
+    if not entries:
+        raise ConversionError(f"{path} is empty: pass a checkpoint folder")
+    raise ConversionError(
+        f"{path} is no checkpoint: it has neither all_config.yaml (training) nor config.json (Hugging Face)"
+    )
+
+
+class _TrainingCheckpoint(Source):
+    """What the training repository writes: two YAML files and a distributed checkpoint per epoch."""
+
+    @classmethod
+    def open(
+        cls, path: Path, epoch: int | None, weights: str, tokenizer: Path | None, label: str
+    ) -> "_TrainingCheckpoint":
+        if weights not in {"ema", "raw"}:
+            raise ConversionError(f"--weights {weights!r} is unknown: choose ema or raw")
+        run, metadata = read_yaml(path, "all_config.yaml"), read_yaml(path, "train_metadata.yaml")
+        epochs = sorted(
+            int(match[1]) for entry in _listing(path) if (match := re.fullmatch(r"fsdp2_epoch_(\d+)", entry.name))
+        )
+        if not epochs:
+            raise ConversionError(f"{path} has no fsdp2_epoch_N folder: copy the weights beside all_config.yaml")
+        if epoch is not None and epoch not in epochs:
+            raise ConversionError(f"{path} has no epoch {epoch}: --epoch may be one of {epochs}")
+        epoch = epochs[-1] if epoch is None else epoch
+        folder = inside(path, f"fsdp2_epoch_{epoch}", path)
+        index = distcp.read_index(folder)
+        keys = _training_keys(index, weights, folder)
+        specs = {name: index[key].spec for name, key in keys.items()}
+        dimensions = measure(specs, str(folder))
+        specs = {name: specs[name] for name in dimensions.shapes()}
+        distcp.check_files(folder, [index[key] for key in keys.values()])
+
+        info = metadata.get("tokenizer_info") or {}
+        if not isinstance(info, dict):
+            raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_info is no table")
+        found = find_tokenizer(tokenizer) if tokenizer else _tokenizer_within(path, info.get("tokenizer_path"))
+        config, warnings = configs.from_training(run, metadata, special_token_ids(found), dimensions, str(path))
+        opened = cls(
+            path=path,
+            kind="training checkpoint",
+            config=config,
+            specs=specs,
+            provenance={
+                "source": label,
+                "kind": "training checkpoint",
+                "epoch": str(epoch),
+                "weights": "averages (ema)" if weights == "ema" else "raw",
+            },
+            warnings=warnings,
+            tokenizer=found,
+        )
+        opened._folder, opened._index, opened._keys = folder, index, keys
+        return opened
+
+    def read(self, name: str) -> torch.Tensor:
+        key = self._keys[name]
+        return distcp.read_tensor(self._folder, key, self._index[key])
+
+
+class _ModelFolder(Source):
+    """A Hugging Face folder: `config.json` in either dialect, safetensors in one file or shards, fused or split."""
+
+    @classmethod
+    def open(cls, path: Path, tokenizer: Path | None, label: str) -> "_ModelFolder":
+        files = _weight_files(path)
+        stored: dict[str, TensorSpec] = {}
+        file_of: dict[str, Path] = {}
+        for file in dict.fromkeys(files.values()) if isinstance(files, dict) else files:
+            for name, spec in _header(file).items():
+                if isinstance(files, dict) and files.get(name) != file:
+                    raise ConversionError(f"{file} holds {name}, which the index does not place there")
+                stored[name], file_of[name] = spec, file
+        if isinstance(files, dict):
+            for name, file in files.items():
+                if name not in stored:
+                    raise ConversionError(f"{file} lacks the tensor {name} that the index names: download it again")
+        groups = group_names(stored, str(path))
+        specs = {name: _joined(name, members, stored, path) for name, members in groups.items()}
+        dimensions = measure(specs, str(path))
+        specs = {name: specs[name] for name in dimensions.shapes()}
+        found = find_tokenizer(tokenizer or path, required=tokenizer is not None)
+        config, warnings = configs.from_published(
+            read_json(path, "config.json"), dimensions, special_token_ids(found), str(path)
+        )
+        split = any(len(members) > 1 for members in groups.values())
+        generation = path / "generation_config.json"
+        opened = cls(
+            path=path,
+            kind="Hugging Face folder",
+            config=config,
+            specs=specs,
+            provenance={
+                "source": label,
+                "kind": f"Hugging Face folder, {'split' if split else 'fused'} layout",
+                "weights": "as stored",
+            },
+            warnings=warnings,
+            tokenizer=found,
+            generation=read_json(path, generation.name) if generation.exists() else {},
+        )
+        opened._files, opened._groups = file_of, groups
+        return opened
+
+    def read(self, name: str) -> torch.Tensor:
+        parts = []
+        for member in self._groups[name]:
+            try:
+                # Opened anew for each tensor, so that the pages of the last one are given back.
+                with safe_open(self._files[member], framework="pt", device="cpu") as file:
+                    parts.append(file.get_tensor(member))
+            except (OSError, SafetensorError) as error:
+                raise ConversionError(f"{self._files[member]} is damaged ({error}): download it again") from None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _training_keys(index: dict[str, distcp.IndexedTensor], weights: str, folder: Path) -> dict[str, str]:
+    """Published name to the name in the distributed checkpoint: of the average, where there is to be one."""
+    keys = {}
+    for key in index:
+        if not key.startswith("model."):
+            continue
+        name = key.removeprefix("model.")
+        if _UNUSED.fullmatch(name):
+            continue
+        if match := _TRAINING_NAME.fullmatch(name):
+            published = f"model.{match[1]}_module.layers.{match[2]}.{match[3]}"
+        else:
+            published = {
+                "model.zL_init": "model.z_L_init",
+                "embed_tokens.embedding_weight": "model.embed_tokens.weight",
+                "lm_head.weight": "lm_head.weight",
+            }.get(name, name)
+        average = f"optim.state.{name}.param_ema"
+        if weights == "ema" and name != "model.zL_init":  # a buffer, which the optimizer does not average
+            if average not in index:
+                raise ConversionError(f"{folder / '.metadata'} has no average of {name}: pass --weights raw")
+            if index[average].spec.shape != index[key].spec.shape:
+                raise ConversionError(f"{folder / '.metadata'}: {name} and its average differ in shape")
+            key = average
+        keys[published] = key
+    if not keys:
+        raise ConversionError(f"{folder / '.metadata'} lists no model tensors: is it an HRM-Text checkpoint?")
+    groups = group_names(keys, str(folder))
+    split = [name for name, members in groups.items() if members != (name,)]
+    if split:
+        raise ConversionError(f"{folder}: {split[0]} is split, which no training checkpoint is")
+    return keys
+
+
+def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
+    """The safetensors files: by tensor name where an index says, else the one file."""
+    index_path = path / "model.safetensors.index.json"
+    if index_path.exists():
+        weight_map = read_json(path, index_path.name).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{index_path} has no weight_map: download it again")
+        files = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise ConversionError(f"{index_path}: {name} is not placed in a file; download it again")
+            files[name] = inside(path, shard, index_path)
+        for file in dict.fromkeys(files.values()):
+            if not file.is_file():
+                raise ConversionError(f"{file} is missing, and {index_path.name} names it: download it")
+        return files
+    single = path / "model.safetensors"
+    if single.exists():
+        return [inside(path, single.name, path)]
+    if any(path.glob("pytorch_model*.bin")):
+        raise ConversionError(f"{path} holds pickled weights only: save it with safe_serialization=True first")
+    raise ConversionError(f"{path} has no model.safetensors: download the weights")
+
+
+def _header(file: Path) -> dict[str, TensorSpec]:
+    specs = {}
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():
+                piece = opened.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise ConversionError(f"{file}: {name} is {piece.get_dtype()}; convert it before quantization")
+                specs[name] = TensorSpec(tuple(piece.get_shape()), dtype)
+    except (OSError, SafetensorError, OverflowError, MemoryError, ValueError) as error:
+        raise ConversionError(f"{file} is damaged or no safetensors file ({error}): download it again") from None
+    return specs
+
+
+def _joined(name: str, members: tuple[str, ...], stored: dict[str, TensorSpec], path: Path) -> TensorSpec:
+    parts = [stored[member] for member in members]
+    if len(parts) == 1:
+        return parts[0]
+    if any(part != parts[0] or len(part.shape) != 2 for part in parts):
+        raise ConversionError(f"{path}: the parts of {name} differ in shape or dtype; save the checkpoint again")
+    rows, columns = parts[0].shape
+    return TensorSpec((rows * len(parts), columns), parts[0].dtype)
+
+
+def _tokenizer_within(path: Path, named: Any) -> Path | None:
+    """The tokenizer inside a training checkpoint. The path in its metadata is one of the training machine."""
+    for folder in (path, path / Path(str(named)).name if named else path):
+        if folder.is_dir() and folder.resolve().is_relative_to(path.resolve()):
+            found = find_tokenizer(folder, required=False)
+            if found:
+                return found
+    return None
+
+
+def _listing(path: Path) -> list[Path]:
+    try:
+        return list(path.iterdir())
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def read_text(folder: Path, name: str) -> str:
+    """A small text file of a checkpoint.
+
+    Raises:
+        ConversionError: it is missing, unreadable, too large or not UTF-8.
+    """
+    path = inside(folder, name, folder)
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise ConversionError(f"{path} is larger than {MAX_TEXT_BYTES // 2**20} MiB: it is not what it should be")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConversionError(f"{path} is missing: the checkpoint is incomplete; copy it again") from None
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    except UnicodeDecodeError:
+        raise ConversionError(f"{path} is no text file: copy it again") from None
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint, with the errors of `read_text` and for what is no object."""
+    try:
+        value = json.loads(read_text(folder, name))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{folder / name} is no valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise ConversionError(f"{folder / name} is no JSON object: download it again")
+    return value
+
+
+def read_yaml(folder: Path, name: str) -> dict[str, Any]:
+    """A YAML table of a checkpoint, plain data only, with the errors of `read_text` and for what is no table."""
+    text = read_text(folder, name)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{folder / name} is no plain YAML ({reason}): copy it again") from None
+    if not isinstance(value, dict):
+        raise ConversionError(f"{folder / name} is no YAML table: copy it again")
+    return value

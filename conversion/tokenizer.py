@@ -1,0 +1,82 @@
+"""Tokenizer files: found beside a checkpoint, and written so that they load as this project's class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+
+
+MODULE = "tokenization_hrm_text.py"
+CLASS = "HrmTextTokenizer"
+TEMPLATE = "chat_template.jinja"
+
+
+def find_tokenizer(path: Path, required: bool = True) -> Path | None:
+    """The folder that holds `tokenizer.json`, given that folder or the file.
+
+    Raises:
+        ConversionError: there is none, and one is required.
+    """
+    folder = path.parent if path.name == "tokenizer.json" else path
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    if required:
+        raise ConversionError(f"{path} holds no tokenizer.json: pass --tokenizer with a folder that does")
+    return None
+
+
+def special_token_ids(folder: Path | None) -> dict[str, int]:
+    """Id of each added token of a tokenizer; empty where there is no tokenizer."""
+    if folder is None:
+        return {}
+    path = folder / "tokenizer.json"
+    try:
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+        ids = {entry["content"]: entry["id"] for entry in added}
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ConversionError(f"{path} is no tokenizer file ({error}): pass --tokenizer with another") from None
+    return {name: index for name, index in ids.items() if type(index) is int}
+
+
+def tokenizer_files(folder: Path, config: dict[str, Any], root: Path) -> dict[str, bytes]:
+    """Name to content of the tokenizer files to write.
+
+    Args:
+        folder: where the source's `tokenizer.json` lies.
+        config: the model's config, for the special tokens and the length.
+        root: where the remote-code modules and the chat template lie.
+    """
+    names = {index: name for name, index in special_token_ids(folder).items()}
+    settings_path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        template_path = folder / TEMPLATE
+        ours = settings.get("tokenizer_class") == CLASS
+        for token, field in (
+            ("bos_token", "bos_token_id"),
+            ("eos_token", "eos_token_id"),
+            ("pad_token", "pad_token_id"),
+        ):
+            index = config[field][0] if isinstance(config[field], list) else config[field]
+            if index in names:
+                settings[token] = names[index]
+        settings.setdefault("model_max_length", config["max_position_embeddings"])
+        if (root / MODULE).exists():
+            settings["tokenizer_class"] = CLASS
+            settings["auto_map"] = {"AutoTokenizer": [None, f"{MODULE.removesuffix('.py')}.{CLASS}"]}
+            if not ours:
+                # A template of another class does not know the envelope.
+                settings.pop("chat_template", None)
+                template_path = root / TEMPLATE
+        files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
+        if template_path.is_file():
+            files[TEMPLATE] = template_path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConversionError(f"{settings_path} is no tokenizer config ({error}): download it again") from None
+    files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
