@@ -1,0 +1,595 @@
+"""HRM-Text: two Transformer stacks, a slow one (H) and a fast one (L), iterated over the same positions.
+
+    z_H = embedding_scale * embed(input_ids)
+    z_L = z_L_init
+    repeat H_cycles times:
+        repeat L_cycles times:
+            z_L = L_module(z_L + z_H)
+        z_H = H_module(z_H + z_L)
+    logits = lm_head(z_H)
+
+What is unusual:
+- RMSNorm has no weight, and each stack ends in one more norm, which bounds the state that goes round the loop;
+- the attention output is gated by a sigmoid, element by element, before `o_proj`; gate, q, k and v are one matrix;
+- prefix blocks (prompts) are read in both directions, everything else causally, see `attention_hrm_text.py`;
+- every attention call has a cache slot of its own: L calls (h, l) and H calls (h) of every layer;
+- training backpropagates through the last few module calls only, see `set_gradient_steps`.
+
+Source of the architecture: the HRM-Text paper and its training code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+
+from .attention_hrm_text import AttentionPlan, attend, plan_attention
+from .cache_hrm_text import HrmTextCache
+from .configuration_hrm_text import HrmTextConfig
+from .generation_hrm_text import HrmTextGenerationMixin
+from .layout_hrm_text import TokenLayout, read_layout
+from .loading_hrm_text import LoadingMixin
+from .versions_hrm_text import flash_kernel, is_flash, static_capacity, tied_weights_keys
+
+
+logger = logging.get_logger(__name__)
+
+# Standard deviation of a unit normal cut at two standard deviations.
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def norm(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm without a weight over the last dimension."""
+    return F.rms_norm(hidden_states, (hidden_states.shape[-1],), eps=eps)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in float32, cast back to the dtype of x.
+
+    Args:
+        x: [..., head_dim], halves paired as (i, i + head_dim / 2).
+        cos, sin: float32, broadcasting to [..., head_dim / 2].
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class HrmTextRotaryEmbedding(nn.Module):
+    """Rotary table of the new positions, float32 whatever the model's dtype."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_init_fn = (
+            self.compute_default_rope_parameters
+            if self.rope_type == "default"
+            else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: HrmTextConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies float32 [head_dim / 2], and the factor 1 on cos and sin."""
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, float32 [batch or 1, tokens, head_dim / 2], for position_ids [batch or 1, tokens]."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+class HrmTextAttention(nn.Module):
+    """Gated multi-head attention over a cache slot."""
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        width = config.num_attention_heads * config.head_dim
+        self.gqkv_proj = nn.Linear(config.hidden_size, 4 * width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        past_key_values: Any = None,
+        slot: int = 0,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, tokens, _ = hidden_states.shape
+        # [batch, tokens, 4, heads, head_dim]; heads are counted from the matrix, which may hold a part of them only.
+        gqkv = self.gqkv_proj(hidden_states).view(batch, tokens, 4, -1, self.head_dim)
+        cos, sin = (table[:, :, None, None] for table in position_embeddings)
+        query, key = rotate(gqkv[:, :, 1:3], cos, sin).permute(2, 0, 3, 1, 4)
+        value = gqkv[:, :, 3].transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, slot, cache_kwargs)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(plan, query, key, value, self.scaling, dropout, self)
+        output = output * gqkv[:, :, 0].sigmoid()
+        return self.o_proj(output.reshape(batch, tokens, -1)), weights
+
+
+class HrmTextMLP(nn.Module):
+    """SwiGLU; rows of `gate_up_proj` are gate, then up."""
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class HrmTextDecoderLayer(nn.Module):
+    """Pre-norm block: x += attn(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attn = HrmTextAttention(config)
+        self.mlp = HrmTextMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        past_key_values: Any = None,
+        slot: int = 0,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [batch, tokens, hidden] -> the same shape, and the eager attention weights."""
+        update, weights = self.attn(
+            norm(hidden_states, self.eps), position_embeddings, plan, past_key_values, slot, cache_kwargs
+        )
+        hidden_states = hidden_states + update
+        return hidden_states + self.mlp(norm(hidden_states, self.eps)), weights
+
+
+class HrmTextStack(nn.Module):
+    """`num_layers_per_stack` blocks and the norm at their exit."""
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.layers = nn.ModuleList(HrmTextDecoderLayer(config) for _ in range(config.num_layers_per_stack))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        past_key_values: Any = None,
+        slot: int = 0,
+        cache_kwargs: dict[str, Any] | None = None,
+        recorder: _Recorder | None = None,
+    ) -> torch.Tensor:
+        """One module call, on cache slots slot .. slot + layers - 1; [batch, tokens, hidden] -> the same shape."""
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            inputs = hidden_states
+            arguments = (hidden_states, position_embeddings, plan, past_key_values, slot + i, cache_kwargs)
+            if checkpointing:
+                hidden_states, weights = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                hidden_states, weights = layer(*arguments)
+            if recorder is not None:
+                recorder.note(inputs, weights)
+        return norm(hidden_states, self.eps)
+
+
+class _Recorder:
+    """Collects what `output_hidden_states` and `output_attentions` return, in slot order."""
+
+    def __init__(self, hidden_states: bool, attentions: bool):
+        self.hidden_states: list[torch.Tensor] | None = [] if hidden_states else None
+        self.attentions: list[torch.Tensor | None] | None = [] if attentions else None
+
+    def note(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
+        if self.hidden_states is not None:
+            self.hidden_states.append(inputs)
+        if self.attentions is not None:
+            self.attentions.append(weights)
+
+
+class HrmTextPreTrainedModel(LoadingMixin, PreTrainedModel):
+    """What all HRM-Text models share: initialisation, loading, and the number of gradient steps."""
+
+    config_class = HrmTextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HrmTextDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # The library looks for its own dispatch in the source; ours reads the config's at every forward pass.
+        return True
+
+    def __init__(self, config: HrmTextConfig, *args: Any, **kwargs: Any):
+        config.validate_hrm_text()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normals as in training; `down_proj` and `z_L_init` have standard deviations of their own."""
+        std = self.config.initializer_range
+        if isinstance(module, HrmTextMLP):
+            down_std = std * (self.config.hidden_size / self.config.intermediate_size) ** 0.5
+            _truncated_normal(module.down_proj.weight, down_std)
+            module.down_proj._is_hf_initialized = True
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            _truncated_normal(module.weight, std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, HrmTextModel):
+            _truncated_normal(module.z_L_init, 1.0)
+        else:
+            super()._init_weights(module)
+
+    def set_gradient_steps(self, bp_steps: int | None) -> None:
+        """Sets through how many trailing module calls training backpropagates, H calls first.
+
+        Values do not change, only gradients; a trainer may call this at every step.
+
+        Args:
+            bp_steps: from 2 (the last H and the last L call) to H_cycles * (L_cycles + 1); None goes back to what the
+                config says.
+
+        Raises:
+            ValueError: a number outside that range.
+        """
+        most = self.config.H_cycles * (self.config.L_cycles + 1)
+        if bp_steps is not None and not 2 <= bp_steps <= most:
+            raise ValueError(f"`bp_steps` is {bp_steps!r}: give a whole number from 2 to {most}, or None.")
+        for module in self.modules():
+            if isinstance(module, HrmTextModel):
+                module.gradient_calls = self.config.gradient_calls(bp_steps)
+
+    @property
+    def gradient_steps(self) -> int:
+        """Number of module calls that carry gradient."""
+        model = next(module for module in self.modules() if isinstance(module, HrmTextModel))
+        H_bp, L_bp = model.gradient_calls
+        return H_bp + sum(L_bp)
+
+
+def _truncated_normal(tensor: torch.Tensor, std: float) -> None:
+    """Normal cut at two standard deviations, widened so that `std` is what comes out."""
+    wide = std / _TRUNCATED_STD
+    nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide)
+
+
+class HrmTextModel(HrmTextPreTrainedModel):
+    """The network without its output head."""
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = HrmTextRotaryEmbedding(config)
+        self.L_module = HrmTextStack(config)
+        self.H_module = HrmTextStack(config)
+        self.z_L_init = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
+        self.gradient_calls = config.gradient_calls()
+        if config.cycles_changed:
+            logger.warning_once(
+                f"the config was made for H_cycles, L_cycles = {tuple(config._made_for_cycles)} and the model runs "
+                f"{(config.H_cycles, config.L_cycles)}: a checkpoint that came with it was trained for another depth."
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        trusted_layout: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [batch, tokens], or `inputs_embeds` instead.
+            attention_mask: [batch, cached + tokens], 0 at padding; or a whole 4-D mask [batch, 1, tokens, keys] (bool,
+                or added to the scores), which decides alone.
+            position_ids: [batch or 1, tokens]; where they restart, a new packed sequence begins.
+            past_key_values: a live cache.
+            token_type_ids: [batch, tokens], 1 for tokens of a prefix block. None infers the blocks where
+                `config.prefix_end_token_id` is set; all zeros is plain causal.
+            inputs_embeds: [batch, tokens, hidden], before scaling.
+            use_cache: whether to return a cache; None takes the config's.
+            output_attentions: return the attention weights of every call (through the eager backend).
+            output_hidden_states: return the input of every layer call, in slot order, and the last hidden state.
+            trusted_layout: the caller has checked the layout of the whole prompt; no values are read for checks.
+
+        Raises:
+            ValueError: arguments that do not fit, or a prefix block that would be split over two calls.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        use_cache = self._decide_use_cache(use_cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = HrmTextCache(config=self.config)
+
+        batch, tokens, _ = inputs_embeds.shape
+        # Not in the signature: only transformers 4 and 5.0 pass it, and later versions would, if it were named.
+        cache_position = kwargs.get("cache_position")
+        plan, position_ids = self._plan(
+            (batch, tokens),
+            inputs_embeds.device,
+            input_ids,
+            attention_mask,
+            position_ids,
+            token_type_ids,
+            past_key_values,
+            cache_position,
+            trusted_layout,
+            output_attentions,
+        )
+        cache_kwargs = None
+        if static_capacity(past_key_values) is not None:
+            cache_kwargs = {"cache_position": _cache_positions(past_key_values, cache_position, tokens)}
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        recorder = (
+            _Recorder(output_hidden_states, output_attentions) if output_hidden_states or output_attentions else None
+        )
+
+        z_H = self._recur(
+            inputs_embeds * self.config.embedding_scale,
+            (position_embeddings, plan, past_key_values),
+            cache_kwargs,
+            recorder,
+        )
+        if recorder is not None and output_hidden_states:
+            recorder.hidden_states.append(z_H)
+        return BaseModelOutputWithPast(
+            last_hidden_state=z_H,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(recorder.hidden_states) if output_hidden_states else None,
+            attentions=tuple(recorder.attentions) if output_attentions else None,
+        )
+
+    def _recur(
+        self,
+        z_H: torch.Tensor,
+        shared: tuple[Any, ...],
+        cache_kwargs: dict[str, Any] | None,
+        recorder: _Recorder | None,
+    ) -> torch.Tensor:
+        """The loop; z_H [batch, tokens, hidden] -> the same shape."""
+        H_cycles, L_cycles, layers = self.config.H_cycles, self.config.L_cycles, self.config.num_layers_per_stack
+        H_bp, L_bp = self.gradient_calls
+        grad = torch.is_grad_enabled()
+        z_L = self.z_L_init.to(z_H.device, z_H.dtype).expand_as(z_H)
+        slot = 0
+        for h in range(H_cycles):
+            for step in range(L_cycles):
+                with torch.set_grad_enabled(grad and step >= L_cycles - L_bp[h]):
+                    inputs = _carry_gradient(z_L.to(z_H.device) + z_H)
+                    z_L = self.L_module(inputs, *shared[:2], shared[2], slot, cache_kwargs, recorder)
+                slot += layers
+            with torch.set_grad_enabled(grad and h >= H_cycles - H_bp):
+                inputs = _carry_gradient(z_H + z_L.to(z_H.device))
+                z_H = self.H_module(inputs, *shared[:2], shared[2], slot, cache_kwargs, recorder)
+            slot += layers
+        return z_H
+
+    def _decide_use_cache(self, use_cache: bool | None) -> bool:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and self.L_module.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is returned.")
+            return False
+        return bool(use_cache)
+
+    def _plan(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        past_key_values: Any,
+        cache_position: torch.Tensor | None,
+        trusted_layout: bool,
+        output_attentions: bool,
+    ) -> tuple[AttentionPlan, torch.Tensor]:
+        backend = self._attention_backend(output_attentions)
+        whole_mask = None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            if token_type_ids is not None:
+                raise ValueError(
+                    "a 4-D `attention_mask` and `token_type_ids` were given, and both say who sees whom: give a 2-D "
+                    "`attention_mask` with `token_type_ids`, or the 4-D mask alone."
+                )
+            whole_mask, attention_mask, trusted_layout = attention_mask, None, True
+        layout, position_ids = read_layout(
+            self.config,
+            *shape,
+            device,
+            input_ids,
+            attention_mask,
+            position_ids,
+            token_type_ids,
+            past_key_values,
+            cache_position,
+            trusted_layout,
+        )
+        if whole_mask is not None:
+            return _plan_whole_mask(whole_mask, backend, layout), position_ids
+        kernel = flash_kernel(self.config._attn_implementation) if backend == "flash" else None
+        capacity = static_capacity(past_key_values)
+        return plan_attention(layout, backend, *shape, capacity, device, kernel), position_ids
+
+    def _attention_backend(self, output_attentions: bool) -> str:
+        name = self.config._attn_implementation or "sdpa"
+        if output_attentions and name != "eager":
+            logger.warning_once("`output_attentions=True` needs the weights: this call runs the eager attention.")
+            return "eager"
+        if is_flash(name):
+            return "flash"
+        if name not in ("eager", "sdpa", "flex_attention"):
+            raise ValueError(
+                f"the attention implementation {name!r} is not one that HRM-Text knows how to give prefix blocks to: "
+                "use 'sdpa', 'eager', 'flex_attention' or a flash attention through `model.set_attn_implementation`."
+            )
+        return name
+
+
+def _carry_gradient(inputs: torch.Tensor) -> torch.Tensor:
+    """Makes the input of a call that carries gradient require it, even where everything before it carried none.
+
+    Without this, reentrant checkpointing would see no input that requires gradient and silently train nothing.
+    """
+    if torch.is_grad_enabled() and not inputs.requires_grad:
+        return inputs.requires_grad_()
+    return inputs
+
+
+def _cache_positions(cache: Any, cache_position: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """int64 [tokens]: where the static caches of transformers 4 write; later versions count for themselves."""
+    if cache_position is not None:
+        return cache_position
+    return torch.arange(tokens) + cache.get_seq_length()
+
+
+def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> AttentionPlan:
+    """A plan that follows a caller's 4-D mask, bool (True sees) or additive."""
+    if backend not in ("eager", "sdpa"):
+        raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    # Rows that see nothing are padding; they may see anything, since nothing sees them.
+    visible = visible | ~visible.any(dim=-1, keepdim=True)
+    return AttentionPlan(backend, mask=visible, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
+
+
+class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
+    """HRM-Text with its output head."""
+
+    _tied_weights_keys = tied_weights_keys("lm_head.weight", "model.embed_tokens.weight")
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: HrmTextConfig):
+        super().__init__(config)
+        self.model = HrmTextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        trusted_layout: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: [batch, tokens], -100 where nothing is asked; token i is compared with the logits of token i - 1,
+                in float32. `num_items_in_batch` divides the sum in place of the number of labels.
+            logits_to_keep: how many trailing positions to compute logits for, 0 for all; or a tensor of indices.
+
+        The other arguments are those of `HrmTextModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            trusted_layout=trusted_layout,
+            return_dict=True,
+            cache_position=kwargs.pop("cache_position", None),
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["HrmTextForCausalLM", "HrmTextModel", "HrmTextPreTrainedModel"]

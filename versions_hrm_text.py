@@ -1,0 +1,214 @@
+"""Everything that differs between the supported versions of transformers, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation import GenerationMixin
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # transformers 4 spells it with a small t
+    from transformers import PretrainedConfig as PreTrainedConfig
+
+
+def is_version_5() -> bool:
+    """Whether the installed transformers is of the 5 series."""
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
+def tied_weights_keys(target: str, source: str) -> dict[str, str] | list[str]:
+    """The value of `_tied_weights_keys`: a mapping in transformers 5, a list of targets before."""
+    return {target: source} if is_version_5() else [target]
+
+
+def static_capacity(cache: Any) -> int | None:
+    """Number of positions that a static cache holds, None for a cache that grows."""
+    layers = getattr(cache, "layers", None)
+    capacity = getattr(layers[0], "max_cache_len", None) if layers else None
+    return int(capacity) if capacity is not None else None
+
+
+def cached_length(cache: Any) -> int | torch.Tensor:
+    """Number of positions in the cache; a tensor without elements for a static cache that has been written to."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether the name is that of a flash attention, also one from the kernels hub; paged ones are not served."""
+    name = implementation.rsplit("@", 1)[0].split(":")[0].lower()
+    if name.startswith("paged|"):
+        return False
+    return name.startswith("flash_attention_") or ("/" in name and "flash" in name)
+
+
+def flash_kernel(implementation: str) -> Callable[..., Any]:
+    """The variable-length function of a flash attention, loaded as transformers loads it."""
+    from transformers import modeling_flash_attention_utils
+
+    modeling_flash_attention_utils.lazy_import_flash_attention(implementation)
+    kernel = modeling_flash_attention_utils._flash_varlen_fn
+    if kernel is None:
+        raise ValueError(f"{implementation!r} has no variable-length call: use 'flash_attention_2' or 'sdpa'.")
+    return kernel
+
+
+@contextlib.contextmanager
+def as_expected_tokenizer_class() -> Iterator[None]:
+    """Keeps transformers 4 from warning that `tokenizer_config.json` names the plain fast class, as ours does."""
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+
+    def differs(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("The tokenizer class you load from this checkpoint is not the same type")
+
+    logger.addFilter(differs)
+    try:
+        yield
+    finally:
+        logger.removeFilter(differs)
+
+
+class FusedLoadingMixin:
+    """Loads the fused projections as they are.
+
+    From 5.9 on, the library knows under our model type how to split them for its own class. Releases before 5.16 do it
+    to remote code too, after which no tensor would fit.
+    """
+
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            mapping = getattr(argument, "weight_mapping", None)
+            if mapping:
+                mapping[:] = [transform for transform in mapping if not _splits_projections(transform)]
+        return super()._load_pretrained_model(model, *args, **kwargs)
+
+
+def _splits_projections(transform: Any) -> bool:
+    """Whether a weight conversion leads to the names of the library's own class, which ours has not."""
+    foreign = ("self_attn", "mlp.gate_proj", "mlp.up_proj")
+    return any(name in str(target) for target in transform.target_patterns for name in foreign)
+
+
+class VersionedGenerationMixin(GenerationMixin):
+    """GenerationMixin with the same hooks in every version.
+
+    Chunked prefill reaches `prefill_leading_chunks` from `_prefill_chunking` (transformers 4) and `_prefill` (5). A
+    live cache may be continued with the new tokens alone, and given `position_ids` grow with the text (only 5 does
+    either).
+    """
+
+    def prefill_leading_chunks(self, tokens: torch.Tensor, model_kwargs: dict[str, Any], chunk_size: int) -> int:
+        """Runs all chunks of the prompt but the last into the cache; returns how many tokens the last one has."""
+        raise NotImplementedError
+
+    def prepare_step(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any,
+        prompt_token_types: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Completes what the library's `prepare_inputs_for_generation` relies on: returns the new `kwargs`."""
+        kwargs = dict(kwargs)
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None:
+            kwargs["position_ids"] = _extended_positions(position_ids, input_ids.shape[1] - position_ids.shape[1])
+        if (
+            past_key_values is not None
+            and inputs_embeds is None
+            and kwargs.get("is_first_iteration")
+            and "next_sequence_length" in kwargs
+            and kwargs["next_sequence_length"] is None
+        ):
+            # Assisted decoding gives no length on its first call, and would feed what the cache holds a second time.
+            known = (prompt_token_types, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            if all(value is None or value.shape[1] <= input_ids.shape[1] for value in known):
+                past = int(cached_length(past_key_values))
+                kwargs["next_sequence_length"] = input_ids.shape[1] - past if past else None
+        return kwargs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        before = model_kwargs.get("position_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        after = model_kwargs.get("position_ids")
+        if after is not None and before is not None and after.shape[1] == before.shape[1]:
+            model_kwargs["position_ids"] = _extended_positions(after, int(num_new_tokens))
+        return model_kwargs
+
+    def _get_initial_cache_position(
+        self, seq_length: int, device: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        past = int(cached_length(cache))
+        if (
+            past
+            and mask is not None
+            and mask.shape[1] == past + seq_length
+            and model_kwargs.get("cache_position") is None
+        ):
+            model_kwargs["cache_position"] = torch.arange(past, past + seq_length, device=device)
+            return model_kwargs
+        return super()._get_initial_cache_position(seq_length, device, model_kwargs)
+
+    def _prefill_chunking(
+        self, input_ids: torch.Tensor, generation_config: Any, **model_kwargs: Any
+    ) -> dict[str, Any]:
+        if model_kwargs.get("past_key_values") is None:
+            return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
+        cache_position = model_kwargs["cache_position"]
+        tokens = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"]
+        tokens = tokens[:, -cache_position.shape[0] :]
+        left = self.prefill_leading_chunks(tokens, model_kwargs, generation_config.prefill_chunk_size)
+        # The decoding loop computes what is left, with all of the last block in one call.
+        model_kwargs["cache_position"] = cache_position[-left:]
+        return model_kwargs
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache, chunk_size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
+        if chunk_size is None or cache is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        embeds, past = model_kwargs.get("inputs_embeds"), int(cached_length(cache))
+        known = [model_kwargs.get(name) for name in ("prompt_token_types", "attention_mask", "position_ids")]
+        total = max((value.shape[1] for value in known if value is not None), default=0)
+        whole = embeds is not None or total <= input_ids.shape[1]
+        tokens = input_ids if embeds is None else embeds
+        left = self.prefill_leading_chunks(tokens[:, past:] if whole else tokens, model_kwargs, chunk_size)
+        unchunked = copy.copy(generation_config)
+        unchunked.prefill_chunk_size = None
+        rest = input_ids if whole else input_ids[:, -left:]
+        return super()._prefill(rest, unchunked, model_kwargs, *args, **kwargs)
+
+
+def _extended_positions(position_ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Appends `count` positions to [rows, tokens], counting on from the last one of each row."""
+    if count <= 0:
+        return position_ids
+    steps = torch.arange(1, count + 1, device=position_ids.device, dtype=position_ids.dtype)
+    return torch.cat([position_ids, position_ids[:, -1:] + steps], dim=1)
+
+
+__all__ = [
+    "FusedLoadingMixin",
+    "PreTrainedConfig",
+    "as_expected_tokenizer_class",
+    "cached_length",
+    "flash_kernel",
+    "is_flash",
+    "is_version_5",
+    "static_capacity",
+    "tied_weights_keys",
+]
