@@ -1,156 +1,46 @@
 """Converts an HRM-Text checkpoint of any form to a folder ready for the Hub.
 
-As a program: `python convert_weights.py SOURCE --output DIR`; `--help` tells the rest. As a function: `convert()`.
+As a program: `python convert_weights.py SOURCE --output DIR` (`--help` tells the rest). As a function: `convert()`.
 """
 
 import argparse
-import hashlib
-import json
-import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from conversion.card import model_card
 from conversion.errors import ConversionError
-from conversion.layout import TensorSpec, split_names
-from conversion.sources import Source, open_source
-from conversion.tokenizer import tokenizer_files
-from conversion.writer import ShardWriter, check_output, plan_shards, shard_index, staged, tensor_bytes, write_file
+from conversion.hub import check_repo_id, locate, publish
+from conversion.output import DTYPES, LAYOUTS, Plan, make_plan, write
+from conversion.sources import open_source
+from conversion.verify import Verification, verify
+from conversion.writer import check_output, staged
 
 
-logger = logging.getLogger("convert_weights")
+EPILOG = """examples:
+  python convert_weights.py runs/hrm-text-1b --output HRM-Text-1B --dtype bfloat16 --tokenizer runs/tokenizer
+  python convert_weights.py runs/hrm-text-1b --epoch 3 --weights raw --output epoch-3
+  python convert_weights.py sapientinc/HRM-Text-1B --output HRM-Text-1B --dry-run
+  python convert_weights.py HRM-Text-1B --format split --max-shard-size 1GB --output HRM-Text-1B-split
+  python convert_weights.py my-fine-tune --output ready --push-to-hub me/my-model --private
 
-ROOT = Path(__file__).resolve().parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO_CLASSES = {
-    "AutoConfig": "configuration_hrm_text.HrmTextConfig",
-    "AutoModel": "modeling_hrm_text.HrmTextModel",
-    "AutoModelForCausalLM": "modeling_hrm_text.HrmTextForCausalLM",
-    "AutoModelForSequenceClassification": "heads_hrm_text.HrmTextForSequenceClassification",
-    "AutoModelForTokenClassification": "heads_hrm_text.HrmTextForTokenClassification",
-}
+exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted
+"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion will write, known before anything is."""
+class Conversion:
+    """What `convert` did: the plan, what the reload found (None where it was not asked), and the warnings."""
 
-    source: Source
-    config: dict
-    specs: dict[str, TensorSpec]
-    shards: dict[str, list[str]]
-    files: dict[str, bytes]
-    provenance: dict[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs.values())
-
-
-def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: int) -> Plan:
-    """Decides every file of the output.
-
-    Args:
-        source: an opened checkpoint.
-        dtype: a key of `DTYPES`; None keeps the weights' own. A tensor whose dtype is narrower than most, as
-            `z_L_init` in a training checkpoint, is then widened, which loses nothing.
-        layout: `fused` (published) or `split` (as transformers' own class holds the weights).
-        max_shard_bytes: upper bound of a weight file.
-    """
-    sizes: dict[torch.dtype, int] = {}
-    for spec in source.specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    target = max(sizes, key=sizes.__getitem__) if dtype is None else DTYPES[dtype]
-
-    specs = {}
-    for name, spec in source.specs.items():
-        kept = torch.promote_types(spec.dtype, target) if dtype is None else target
-        parts = split_names(name) if layout == "split" else (name,)
-        for part in parts:
-            specs[part] = TensorSpec((spec.shape[0] // len(parts), *spec.shape[1:]), kept)
-    shards = plan_shards(specs, max_shard_bytes)
-
-    modules = sorted(ROOT.glob("*_hrm_text.py"))
-    config = {**source.config, "dtype": str(target).removeprefix("torch.")}
-    if layout == "fused":
-        present = {module.stem for module in modules}
-        config["auto_map"] = {auto: name for auto, name in AUTO_CLASSES.items() if name.split(".")[0] in present}
-    special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = {**special, **source.generation}
-    files = {"config.json": _json(config), "generation_config.json": _json(generation)}
-    if len(shards) > 1:
-        files["model.safetensors.index.json"] = shard_index(shards, specs)
-    if source.tokenizer is not None:
-        files.update(tokenizer_files(source.tokenizer, config, ROOT))
-    if layout == "fused":
-        files.update({module.name: module.read_bytes() for module in modules})
-    provenance = {**source.provenance, "layout": layout, "dtype": config["dtype"]}
-    return Plan(source, config, specs, shards, files, provenance)
-
-
-def write(plan: Plan, folder: Path, progress: bool = True) -> dict[str, str]:
-    """Writes everything that a plan holds into an empty folder, one tensor in memory at a time.
-
-    Returns:
-        SHA-256 of each tensor's bytes as the source has them (in the output's dtype), by name.
-
-    Raises:
-        ConversionError: a source tensor is damaged or holds NaN or infinite values.
-        OSError: the folder cannot be written.
-    """
-    digests, tensor_digests = {}, {}
-    with tqdm(
-        total=plan.nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="weights", disable=not progress
-    ) as bar:
-        tensors = _tensors(plan)
-        for file, names in plan.shards.items():
-            with ExitStack() as stack:
-                writer = ShardWriter(folder / file, {name: plan.specs[name] for name in names})
-                stack.callback(writer.abort)
-                for name, tensor in islice(tensors, len(names)):
-                    writer.add(name, tensor)
-                    tensor_digests[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-                    bar.update(tensor.nbytes)
-                digests[file] = writer.close()
-    for name, content in plan.files.items():
-        digests[name] = write_file(folder / name, content)
-    parameters = sum(torch.Size(spec.shape).numel() for spec in plan.specs.values())
-    card = model_card(plan.config, plan.provenance, parameters, digests, remote_code="auto_map" in plan.config)
-    write_file(folder / "README.md", card.encode())
-    return tensor_digests
-
-
-def _tensors(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the output in the order of `plan.specs`, checked, rounded, and split where that is asked."""
-    split = plan.provenance["layout"] == "split"
-    for name in plan.source.specs:
-        stored = plan.source.read(name)
-        if not torch.isfinite(stored).all():
-            raise ConversionError(
-                f"{plan.source.path}: {name} holds NaN or infinite values: use another epoch or file"
-            )
-        parts = split_names(name) if split else (name,)
-        tensor = stored.to(plan.specs[parts[0]].dtype)
-        if not torch.isfinite(tensor).all():
-            raise ConversionError(f"{plan.source.path}: {name} is too large for {tensor.dtype}: pass --dtype bfloat16")
-        yield from zip(parts, tensor.chunk(len(parts)), strict=True)
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    plan: Plan
+    verification: Verification | None
 
 
 def convert(
     source: str | Path,
-    output: str | Path | None,
+    output: str | Path | None = None,
     *,
     epoch: int | None = None,
     weights: str = "ema",
@@ -160,15 +50,15 @@ def convert(
     max_shard_size: str | int = "5GB",
     force: bool = False,
     dry_run: bool = False,
-    verify: bool = True,
+    verification: bool = True,
     progress: bool = True,
-) -> Plan:
+) -> Conversion:
     """Converts a checkpoint to a complete model folder.
 
     Args:
         source: a training checkpoint, a Hugging Face folder in any dialect or layout, or a Hub id (`user/name`,
             `user/name@revision`).
-        output: the folder to write; None only with `dry_run`.
+        output: the folder to write; may be left out with `dry_run`.
         epoch: which epoch of a training checkpoint; None is the latest.
         weights: `ema` (the averages, which are the ones published) or `raw`, of a training checkpoint.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the source's.
@@ -178,11 +68,8 @@ def convert(
         force: replace an output that an earlier conversion wrote. Until the new one is whole and verified, the old one
             stays.
         dry_run: write nothing.
-        verify: reload the result in a new process, and compare its tensors and logits with the source's.
+        verification: reload the result in a new process, and compare its tensors and logits with the source's.
         progress: show a progress bar.
-
-    Returns:
-        What was written, or with `dry_run` would be.
 
     Raises:
         ConversionError: something is wrong with an argument, the source, the disk or the result. The message is one
@@ -190,26 +77,41 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    if layout not in {"fused", "split"}:
-        raise ConversionError(f"--format {layout!r} is unknown: choose fused or split")
-    max_shard_bytes = parse_size(max_shard_size)
-    folder = Path(source)
+    if layout not in LAYOUTS:
+        raise ConversionError(f"--format {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+    shard_bytes = parse_size(max_shard_size)
+    if not dry_run and output is None:
+        raise ConversionError("--output is missing: name the folder to write")
+    folder, label = locate(source)
     if not dry_run:
-        if output is None:
-            raise ConversionError("--output is missing: name the folder to write")
-        output = Path(output)
-        check_output(output, folder, force)
-    opened = open_source(folder, epoch, weights, Path(tokenizer) if tokenizer else None)
-    for warning in opened.warnings:
-        logger.warning(warning)
-    plan = make_plan(opened, dtype, layout, max_shard_bytes)
+        check_output(Path(output), folder, force)
+
+    opening = {
+        "path": folder.absolute(),
+        "epoch": epoch,
+        "weights": weights,
+        "tokenizer": Path(tokenizer).absolute() if tokenizer else None,
+    }
+    plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes)
+    for warning in plan.source.warnings:
+        warnings.warn(warning, stacklevel=2)
     if dry_run:
-        return plan
+        return Conversion(plan, None)
+
     needed = plan.nbytes + sum(len(content) for content in plan.files.values()) + 2**20
-    with staged(output, needed) as (temporary, put_in_place):
-        write(plan, temporary, progress)
+    found = None
+    with staged(Path(output), needed) as (temporary, put_in_place):
+        digests = write(plan, temporary, progress)
+        if verification:
+            readable = {key: str(value) if isinstance(value, Path) else value for key, value in opening.items()}
+            found = verify(temporary, readable, plan.config, digests, remote_code="auto_map" in plan.config)
+            if found.differences:
+                raise ConversionError(
+                    f"{output}: the reloaded folder is not the source ({found.differences[0]}, {len(found.differences)} "
+                    "in all): nothing was put in place; report this"
+                )
         put_in_place()
-    return plan
+    return Conversion(plan, found)
 
 
 def parse_size(text: str | int) -> int:
@@ -222,33 +124,79 @@ def parse_size(text: str | int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 1 refused or failed, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.py",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--epoch", type=int)
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    parser.add_argument("--dtype", choices=list(DTYPES))
-    parser.add_argument("--tokenizer", type=Path)
-    options = parser.parse_args(arguments)
+    """The command line. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        plan = convert(
+        if options.push_to_hub:
+            check_repo_id(options.push_to_hub)
+        done = convert(
             options.source,
             options.output,
             epoch=options.epoch,
             weights=options.weights,
             dtype=options.dtype,
             tokenizer=options.tokenizer,
+            layout=options.format,
+            max_shard_size=options.max_shard_size,
+            force=options.force,
+            dry_run=options.dry_run,
+            verification=options.verify,
         )
+        if options.dry_run:
+            print("\n".join(done.plan.table()))
+            return 0
+        print(f"{options.output}: {len(done.plan.specs)} tensors, {done.plan.nbytes:,} bytes")
+        if done.verification:
+            print("\n".join(f"  {line}" for line in done.verification.lines()))
+        if done.plan.source.tokenizer is None:
+            print("  tokenizer  none was found: pass --tokenizer to make the folder complete")
+        if options.push_to_hub:
+            print(publish(options.output, options.push_to_hub, options.private, options.revision))
     except ConversionError as error:
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return 1
-    print(f"{options.output}: {len(plan.specs)} tensors, {plan.nbytes:,} bytes")
+    except KeyboardInterrupt:
+        print("convert_weights.py: interrupted; the output is as it was", file=sys.stderr)
+        return 130
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.py",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        help="a training checkpoint, a Hugging Face folder of any dialect or layout, or a Hub id (user/name, "
+        "user/name@revision)",
+    )
+    parser.add_argument("--output", type=Path, help="the folder to write")
+    parser.add_argument("--epoch", type=int, help="epoch of a training checkpoint (default: the latest)")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averages or raw weights of a training checkpoint"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of the output (default: the source's)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or tokenizer.json (default: the source's)")
+    parser.add_argument(
+        "--format",
+        choices=LAYOUTS,
+        default="fused",
+        help="fused: the published layout, with this project's code; split: the layout of transformers' own class",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, like 500MB (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace an output that an earlier conversion wrote")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not reload the result and compare it"
+    )
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the result to this repository")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is made now")
+    parser.add_argument("--revision", help="branch to upload to (default: the main one)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -12,6 +12,42 @@ from .layout import Dimensions
 PUBLISHED_IDS = {"<|endoftext|>": 5, "<|im_start|>": 6, "<|im_end|>": 7, "<|box_end|>": 11}
 PAD_TOKEN = "<|endoftext|>"
 
+# What a published config may say; the rest is written anew or left out.
+_KEPT_FIELDS = {
+    "H_cycles",
+    "L_bp_cycles",
+    "L_bp_steps",
+    "L_cycles",
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "bp_steps",
+    "embedding_scale",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "id2label",
+    "initializer_range",
+    "intermediate_size",
+    "label2id",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_layers_per_stack",
+    "pad_token_id",
+    "prefix_end_token_id",
+    "prefix_lm",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+}
 _ARCHITECTURE_DEFAULTS = {
     "half_layers": False,
     "attn_type": "prefixlm",
@@ -120,9 +156,10 @@ def from_published(
     where = f"{origin}/config.json"
     if stored.get("model_type") != "hrm_text":
         raise ConversionError(f"{where}: model_type is {short(stored.get('model_type'))}, not 'hrm_text'")
-    config = dict(stored)
-    for key in ("_name_or_path", "auto_map", "torch_dtype", "dtype", "transformers_version", "architectures"):
-        config.pop(key, None)
+    # An unknown field may name code (custom_pipelines) or a treatment of the weights that was not read.
+    if stored.get("quantization_config"):
+        raise ConversionError(f"{where}: the weights are quantized; convert the checkpoint before it was")
+    config = {key: value for key, value in stored.items() if key in _KEPT_FIELDS}
 
     heads = _integer(config, "num_attention_heads", where)
     _agree(where, "num_attention_heads", heads, config.pop("num_key_value_heads", heads), "num_key_value_heads")
@@ -131,11 +168,12 @@ def from_published(
     for key in ("attention_bias", "mlp_bias"):
         if config.pop(key, False):
             raise ConversionError(f"{where}: {key} is true, and HRM-Text has no biases")
-    _agree(where, "hidden_size", config.get("hidden_size", dimensions.hidden), dimensions.hidden)
-    _agree(
-        where, "intermediate_size", config.get("intermediate_size", dimensions.intermediate), dimensions.intermediate
-    )
-    _agree(where, "vocab_size", config.get("vocab_size", dimensions.vocabulary), dimensions.vocabulary)
+    for field, found in (
+        ("hidden_size", dimensions.hidden),
+        ("intermediate_size", dimensions.intermediate),
+        ("vocab_size", dimensions.vocabulary),
+    ):
+        _agree(where, field, config.get(field, found), found)
     head_dim = config.get("head_dim") or dimensions.hidden // heads
     _agree(where, "num_attention_heads * head_dim", heads * head_dim, dimensions.attention)
 
@@ -153,14 +191,19 @@ def from_published(
     if "L_bp_cycles" not in config and "L_bp_steps" in config:
         config["L_bp_cycles"] = config["L_bp_steps"]
     config.pop("L_bp_steps", None)
-    rope = config.get("rope_parameters") or config.pop("rope_scaling", None) or {}
+    rope = config.pop("rope_parameters", None) or config.pop("rope_scaling", None) or {}
+    if not isinstance(rope, dict):
+        raise ConversionError(f"{where}: rope_parameters is no table; write it like {{'rope_theta': 10000.0}}")
     theta = config.pop("rope_theta", None)
-    config["rope_parameters"] = {"rope_type": "default", **rope}
-    config["rope_parameters"].setdefault("rope_theta", 10000.0 if theta is None else theta)
+    rope = {"rope_type": "default", "rope_theta": 10000.0 if theta is None else theta, **rope}
+    config["rope_parameters"] = {**rope, "rope_theta": _number(rope, "rope_theta", where)}
+    config.pop("rope_scaling", None)
     if config.get("initializer_range") is None:
         config["initializer_range"] = 1.0 / math.sqrt(dimensions.hidden)
     if config.get("embedding_scale") is None:
-        config["embedding_scale"] = 1.0 / config["initializer_range"]
+        config["embedding_scale"] = 1.0 / _number(config, "initializer_range", where)
+    config["rms_norm_eps"] = _number({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", where)
+    config["max_position_embeddings"] = _integer(config, "max_position_embeddings", where)
     config.setdefault("prefix_lm", True)
     known = token_ids or PUBLISHED_IDS
     for field, token in (
@@ -169,14 +212,11 @@ def from_published(
         ("pad_token_id", PAD_TOKEN),
         ("prefix_end_token_id", "<|im_end|>"),
     ):
-        switched_off = field == "prefix_end_token_id" and field in config
-        if (
-            config.get(field) is None
-            and not switched_off
-            and known.get(token, dimensions.vocabulary) < dimensions.vocabulary
-        ):
-            config[field] = known[token]
-        config.setdefault(field, None)
+        if field == "prefix_end_token_id" and field in config:  # null switches it off
+            continue
+        if config.get(field) is None:
+            index = known.get(token)
+            config[field] = index if index is not None and index < dimensions.vocabulary else None
     if config["bos_token_id"] is None:
         config["prefix_end_token_id"] = None
     if config["prefix_end_token_id"] is None:
@@ -221,7 +261,7 @@ def _initializer_range(arch: dict[str, Any], where: str) -> float:
         return hidden
     if kind not in {"fixed_normal", "megatron"}:
         raise ConversionError(
-            f"{where}: arch.init_type {short(kind)} is not known, and the embedding's scale follows it"
+            f"{where}: arch.init_type {short(kind)} is unknown, and the embedding's scale follows it"
         )
     if arch.get("init_std") is not None:
         return _number(arch, "init_std", where)
@@ -232,8 +272,8 @@ def _token_id(token: Any, token_ids: dict[str, int], origin: str) -> int:
     known = token_ids or PUBLISHED_IDS
     if token not in known:
         raise ConversionError(
-            f"{origin}: the id of the special token {short(token)} is not known; pass --tokenizer with the tokenizer that "
-            "the model was trained with"
+            f"{origin}: the id of the special token {short(token)} is not known; pass --tokenizer with the tokenizer "
+            "that the model was trained with"
         )
     return known[token]
 

@@ -1,10 +1,10 @@
 """A reader of `torch.distributed.checkpoint` folders that trusts nothing in them.
 
-Such a folder holds `.metadata`, a pickled index, and `__RANK_N.distcp` files, in which every tensor (or the piece of it
-that one rank held) is a `torch.save` archive at an offset that the index gives. The stock reader unpickles the index
-without restriction. This one admits only the names that the format needs and answers each with an inert stand-in of its
-own, checks every number against the files, and reads tensors with `weights_only=True`, one byte range at a time, so
-that the optimizer state of a large checkpoint is never touched.
+Such a folder holds `.metadata`, a pickled index, and `__RANK_N.distcp` files, in which every tensor (or the piece of
+it that one rank held) is a `torch.save` archive at an offset that the index gives. The stock reader unpickles the
+index without restriction. This one admits only the names that the format needs and answers each with an inert
+stand-in of its own, checks every number against the files, and reads tensors with `weights_only=True`, one byte range
+at a time, so that the optimizer state of a large checkpoint is never touched.
 """
 
 import io

@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes that the tensors themselves tell: layers in one stack, hidden, intermediate, heads * head_dim, vocabulary."""
+    """Sizes that the tensors tell: layers of a stack, hidden, intermediate, heads * head_dim, and vocabulary."""
 
     layers: int
     hidden: int

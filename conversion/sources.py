@@ -81,9 +81,7 @@ def open_source(
         raise ConversionError(f"{path} is a file: pass the folder that it lies in")
     entries = {entry.name for entry in _listing(path)}
     if re.fullmatch(r"fsdp2_epoch_\d+", path.name) and ".metadata" in entries:
-        raise ConversionError(
-            f"{path} is one epoch: pass the folder above it, and --epoch for another than the latest"
-        )
+        raise ConversionError(f"{path} is one epoch: pass the folder above it, with --epoch")
     label = label or path.resolve().name
     if "all_config.yaml" in entries or any(name.startswith("fsdp2_epoch_") for name in entries):
         return _TrainingCheckpoint.open(path, epoch, weights, tokenizer, label)

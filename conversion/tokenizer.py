@@ -8,8 +8,15 @@ from .errors import ConversionError
 
 
 MODULE = "tokenization_hrm_text.py"
-CLASS = "HrmTextTokenizer"
 TEMPLATE = "chat_template.jinja"
+# How this project's class is named and set up, taken over from the project's own tokenizer_config.json.
+_OWN_SETTINGS = (
+    "auto_map",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "padding_side",
+    "tokenizer_class",
+)
 
 
 def find_tokenizer(path: Path, required: bool = True) -> Path | None:
@@ -41,36 +48,37 @@ def special_token_ids(folder: Path | None) -> dict[str, int]:
     return {name: index for name, index in ids.items() if type(index) is int}
 
 
-def tokenizer_files(folder: Path, config: dict[str, Any], root: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Path, config: dict[str, Any], root: Path | None) -> dict[str, bytes]:
     """Name to content of the tokenizer files to write.
 
     Args:
         folder: where the source's `tokenizer.json` lies.
         config: the model's config, for the special tokens and the length.
-        root: where the remote-code modules and the chat template lie.
+        root: where this project's tokenizer module and chat template lie; None leaves the files as they are, for a
+            folder that carries no code.
     """
     names = {index: name for name, index in special_token_ids(folder).items()}
     settings_path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
         template_path = folder / TEMPLATE
-        ours = settings.get("tokenizer_class") == CLASS
-        for token, field in (
-            ("bos_token", "bos_token_id"),
-            ("eos_token", "eos_token_id"),
-            ("pad_token", "pad_token_id"),
-        ):
+        for token in ("bos_token", "eos_token", "pad_token"):
+            field = f"{token}_id"
             index = config[field][0] if isinstance(config[field], list) else config[field]
             if index in names:
                 settings[token] = names[index]
         settings.setdefault("model_max_length", config["max_position_embeddings"])
-        if (root / MODULE).exists():
-            settings["tokenizer_class"] = CLASS
-            settings["auto_map"] = {"AutoTokenizer": [None, f"{MODULE.removesuffix('.py')}.{CLASS}"]}
-            if not ours:
-                # A template of another class does not know the envelope.
+        if root is not None and (root / MODULE).exists():
+            own = json.loads((root / "tokenizer_config.json").read_text(encoding="utf-8"))
+            if settings.get("auto_map") != own["auto_map"]:
+                # A template that was made for another class does not know the envelope.
                 settings.pop("chat_template", None)
                 template_path = root / TEMPLATE
+            settings.update({key: own[key] for key in _OWN_SETTINGS if key in own})
+            settings.setdefault("default_condition", own["default_condition"])
+            # Transformers 5 writes a list under the first name, which 4 reads under the second.
+            if isinstance(settings.get("extra_special_tokens"), list):
+                settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
         if template_path.is_file():
             files[TEMPLATE] = template_path.read_bytes()
@@ -78,5 +86,7 @@ def tokenizer_files(folder: Path, config: dict[str, Any], root: Path) -> dict[st
         raise ConversionError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConversionError(f"{settings_path} is no tokenizer config ({error}): download it again") from None
-    files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    files["tokenizer_config.json"] = (
+        json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    ).encode()
     return files

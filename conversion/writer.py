@@ -82,7 +82,7 @@ class ShardWriter:
         spec = self._pending.pop(expected)
         if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} follows, but {expected} {spec} is due")
-        self._put(memoryview(tensor_bytes(tensor)))
+        self._put(tensor_bytes(tensor))
 
     def _put(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
@@ -103,6 +103,11 @@ class ShardWriter:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in row order, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of the tensor's bytes in row order."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> str:

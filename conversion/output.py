@@ -1,0 +1,173 @@
+"""What a converted folder consists of: decided in full first, then written a tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .card import model_card
+from .errors import ConversionError
+from .layout import TensorSpec, split_names
+from .sources import Source
+from .tokenizer import tokenizer_files
+from .writer import ShardWriter, plan_shards, shard_index, tensor_digest, write_file
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = ("fused", "split")
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_hrm_text.HrmTextConfig",
+    "AutoModel": "modeling_hrm_text.HrmTextModel",
+    "AutoModelForCausalLM": "modeling_hrm_text.HrmTextForCausalLM",
+    "AutoModelForSequenceClassification": "heads_hrm_text.HrmTextForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_hrm_text.HrmTextForTokenClassification",
+}
+_FINITE_CHECK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion writes, known before it writes anything.
+
+    Attributes:
+        source: the opened checkpoint.
+        config: `config.json`.
+        dtype: the model's dtype.
+        layout: `fused` or `split`.
+        specs: every tensor of the output, in file order.
+        shards: the tensors in each weight file.
+        files: content of every other file but the model card, which needs their digests.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    dtype: torch.dtype
+    layout: str
+    specs: dict[str, TensorSpec]
+    shards: dict[str, list[str]]
+    files: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def elements(self) -> int:
+        """Elements of all weights."""
+        return sum(prod(spec.shape) for spec in self.specs.values())
+
+    def table(self) -> list[str]:
+        """The files and tensors as lines of a table."""
+        lines = [f"{'file':<40} {'bytes':>15}"]
+        for file, names in self.shards.items():
+            lines.append(f"{file:<40} {sum(self.specs[name].nbytes for name in names):>15,}")
+        lines += [f"{name:<40} {len(content):>15,}" for name, content in sorted(self.files.items())]
+        lines += [f"{'README.md':<40} {'model card':>15}", "", f"{'tensor':<56} {'shape':>16} {'dtype':>9}  file"]
+        for file, names in self.shards.items():
+            for name in names:
+                spec = self.specs[name]
+                shape = " x ".join(str(size) for size in spec.shape)
+                lines.append(f"{name:<56} {shape:>16} {str(spec.dtype).removeprefix('torch.'):>9}  {file}")
+        return lines + ["", f"{len(self.specs)} tensors, {self.elements:,} parameters, {self.nbytes:,} bytes"]
+
+
+def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: int) -> Plan:
+    """Decides every file of the output.
+
+    Args:
+        source: an opened checkpoint.
+        dtype: a key of `DTYPES`; None keeps the weights' own. A tensor that is then narrower than most of them, as
+            `z_L_init` in a training checkpoint, is widened to their dtype, which loses nothing.
+        layout: `fused` (published) or `split` (as transformers' own class holds the weights).
+        max_shard_bytes: upper bound of a weight file.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for spec in source.specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + prod(spec.shape)
+    target = max(sizes, key=sizes.__getitem__) if dtype is None else DTYPES[dtype]
+    specs = {}
+    for name, spec in source.specs.items():
+        kept = torch.promote_types(spec.dtype, target) if dtype is None else target
+        parts = split_names(name) if layout == "split" else (name,)
+        for part in parts:
+            specs[part] = TensorSpec((spec.shape[0] // len(parts), *spec.shape[1:]), kept)
+    shards = plan_shards(specs, max_shard_bytes)
+
+    modules = sorted(ROOT.glob("*_hrm_text.py")) if layout == "fused" else []
+    present = {module.stem for module in modules}
+    config = {**source.config, "dtype": str(target).removeprefix("torch.")}
+    if modules:
+        config["auto_map"] = {auto: name for auto, name in AUTO_CLASSES.items() if name.split(".")[0] in present}
+    special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {key: value for key, value in source.generation.items() if key != "transformers_version"}
+    files = {"config.json": _json(config), "generation_config.json": _json({**special, **generation})}
+    if len(shards) > 1:
+        files["model.safetensors.index.json"] = shard_index(shards, specs)
+    if source.tokenizer is not None:
+        files.update(tokenizer_files(source.tokenizer, config, ROOT if modules else None))
+    files.update({module.name: module.read_bytes() for module in modules})
+    return Plan(source, config, target, layout, specs, shards, files)
+
+
+def write(plan: Plan, folder: Path, progress: bool = True) -> dict[str, str]:
+    """Writes everything that a plan holds into an empty folder, one tensor in memory at a time.
+
+    Returns:
+        SHA-256 of each tensor's bytes as they were read, in the plan's dtype.
+
+    Raises:
+        ConversionError: a source tensor is damaged, or holds NaN or infinite values.
+        OSError: the folder cannot be written.
+    """
+    files, tensors = {}, {}
+    values = _values(plan)
+    with tqdm(
+        total=plan.nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="weights", disable=not progress
+    ) as bar:
+        for file, names in plan.shards.items():
+            with ExitStack() as stack:
+                writer = ShardWriter(folder / file, {name: plan.specs[name] for name in names})
+                stack.callback(writer.abort)
+                for name, value in islice(values, len(names)):
+                    writer.add(name, value)
+                    tensors[name] = tensor_digest(value.to(plan.dtype))
+                    bar.update(value.nbytes)
+                files[file] = writer.close()
+    for name, content in plan.files.items():
+        files[name] = write_file(folder / name, content)
+    provenance = {
+        **plan.source.provenance,
+        "layout": plan.layout,
+        "dtype": plan.config["dtype"],
+    }
+    card = model_card(plan.config, provenance, plan.elements, files, remote_code="auto_map" in plan.config)
+    write_file(folder / "README.md", card.encode())
+    return tensors
+
+
+def _values(plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the output in the order of `plan.specs`, checked, rounded, and split where that is asked."""
+    where = plan.source.path
+    for name in plan.source.specs:
+        stored = plan.source.read(name)
+        parts = split_names(name) if plan.layout == "split" else (name,)
+        dtype = plan.specs[parts[0]].dtype
+        for part in stored.reshape(-1).split(_FINITE_CHECK_ELEMENTS):
+            if not torch.isfinite(part).all():
+                raise ConversionError(f"{where}: {name} holds NaN or infinite values: use another epoch or file")
+            if dtype != stored.dtype and not torch.isfinite(part.to(dtype)).all():
+                raise ConversionError(f"{where}: {name} has values too large for {dtype}: pass --dtype bfloat16")
+        yield from zip(parts, stored.to(dtype).chunk(len(parts)), strict=True)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
