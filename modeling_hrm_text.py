@@ -33,6 +33,7 @@ from transformers.utils import can_return_tuple, logging
 from .attention_hrm_text import AttentionPlan, attend, plan_attention
 from .cache_hrm_text import HrmTextCache
 from .configuration_hrm_text import HrmTextConfig
+from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.16 copies what the entry module imports)
 from .generation_hrm_text import HrmTextGenerationMixin
 from .layout_hrm_text import TokenLayout, read_layout
 from .loading_hrm_text import LoadingMixin
