@@ -1,8 +1,8 @@
 """What `generate` has to know about prefix blocks.
 
 `generate` of transformers treats `token_type_ids` as something that grows with the text: it copies the last type onto
-every new token, hands the grown types to assistants, and cuts a long prompt wherever a chunk ends. A prefix block stands
-none of that. So the layout of the prompt is taken out at the entrance, once, and travels through all of `generate`
+every new token, hands the grown types to assistants, and cuts a long prompt wherever a chunk ends. A prefix block
+stands none of that. So the layout of the prompt is taken out at the entrance, once, and travels through `generate`
 under a name of its own, `prompt_token_types` [batch, prompt], which beams expand and assistants inherit. Every forward
 call gets the slice that belongs to its tokens; generated tokens are never prefix.
 """
@@ -25,9 +25,9 @@ from .versions_hrm_text import VersionedGenerationMixin, cached_length, static_c
 logger = logging.get_logger(__name__)
 
 _NO_CONTINUOUS_BATCHING = (
-    "HRM-Text has no continuous batching: its scheduler cuts prompts anywhere and its paged attention is causal, so prefix "
-    "blocks would be read wrongly. Call `model.generate(...)` on a batch padded on the left instead (a server: start it "
-    "without continuous batching)."
+    "HRM-Text has no continuous batching: its scheduler cuts prompts anywhere and its paged attention is causal, so "
+    "prefix blocks would be read wrongly. Call `model.generate(...)` on a batch padded on the left instead (a server: "
+    "start it without continuous batching)."
 )
 
 
@@ -119,8 +119,8 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             without = without & (mask != 0).any(dim=1).to(without.device)
         if bool(without.any()):
             logger.warning_once(
-                "The prompt holds no prefix block, so HRM-Text reads it causally and answers much worse. It expects the "
-                f"envelope <|im_start|> (id {self.config.bos_token_id}) + condition + text + <|im_end|> (id "
+                "The prompt holds no prefix block, so HRM-Text reads it causally and answers much worse. It expects "
+                f"the envelope <|im_start|> (id {self.config.bos_token_id}) + condition + text + <|im_end|> (id "
                 f"{self.config.prefix_end_token_id}), which `tokenizer.encode_prompt` and "
                 "`tokenizer.apply_chat_template` write, or `token_type_ids` with 1 on the tokens of the prompt."
             )
@@ -250,17 +250,17 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
     ) -> Any:
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
-                "`assistant_early_exit` cannot be served: HRM-Text has no layer after which its state could be read as "
-                "logits. Use `prompt_lookup_num_tokens`, or a smaller HRM-Text as `assistant_model`."
+                "`assistant_early_exit` cannot be served: HRM-Text has no layer after which its state could be read "
+                "as logits. Use `prompt_lookup_num_tokens`, or a smaller HRM-Text as `assistant_model`."
             )
         model_kwargs = kwargs["model_kwargs"]
         lengths = [model_kwargs.get(name) for name in ("prompt_token_types", "attention_mask", "position_ids")]
         beyond = any(value is not None and value.shape[1] > input_ids.shape[1] for value in lengths)
         if model_kwargs.get("inputs_embeds") is not None or beyond:
             raise ValueError(
-                "assisted decoding needs the ids of the whole conversation, since drafts are compared with them: pass "
-                "`input_ids` in full (no `inputs_embeds`, and not only the tokens that follow the cache), or leave the "
-                "assistant out."
+                "assisted decoding needs the ids of the whole conversation, since drafts are compared with them: "
+                "pass `input_ids` in full (no `inputs_embeds`, and not only the tokens that follow the cache), or "
+                "leave the assistant out."
             )
         assistant = kwargs.get("assistant_model")
         if assistant is not None:
@@ -351,8 +351,8 @@ def _holds_whole_conversation(given: int, past: int, attention_mask: torch.Tenso
         return False
     if covered == given:
         raise ValueError(
-            f"the cache holds {past} tokens already and `input_ids` only {given}: pass the whole conversation, or only "
-            f"what follows the cache together with an `attention_mask` of {past + given} columns."
+            f"the cache holds {past} tokens already and `input_ids` only {given}: pass the whole conversation, or "
+            f"only what follows the cache together with an `attention_mask` of {past + given} columns."
         )
     raise ValueError(
         f"`attention_mask` has {covered} columns for {given} tokens"
@@ -392,7 +392,7 @@ def _checked_positions(position_ids: torch.Tensor, given: int, total: int, mask:
 
 
 def _refuse_block_across(types: torch.Tensor, mask: torch.Tensor | None, past: int) -> None:
-    """Refuses a layout [batch, total] in which a block begins among the `past` cached tokens and goes on after them."""
+    """Refuses a layout [batch, total] with a block that begins among the `past` cached tokens and goes on."""
     cached, new = types[:, :past], types[:, past:]
     last = torch.full((types.shape[0], 1), past - 1, device=types.device)
     first = torch.zeros_like(last)
@@ -403,8 +403,8 @@ def _refuse_block_across(types: torch.Tensor, mask: torch.Tensor | None, past: i
     across = (cached.gather(1, last.clamp(min=0)) == 1) & (last >= 0) & (new.gather(1, first) == 1)
     if bool(across.any()):
         raise ValueError(
-            f"a prefix block begins among the {past} tokens that the cache holds and goes on after them, and those tokens "
-            "could not see the rest of it: pass a cache that ends where a block ends, or none."
+            f"a prefix block begins among the {past} tokens that the cache holds and goes on after them, and those "
+            "tokens could not see the rest of it: pass a cache that ends where a block ends, or none."
         )
 
 

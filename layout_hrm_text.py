@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .versions_hrm_text import cached_length
 
+
 logger = logging.get_logger(__name__)
 
 
@@ -206,7 +207,7 @@ def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index.clamp(min=0)[:, None])[:, 0]
 
 
-# ---- from the arguments of a call to a layout ------------------------------------------------------------------------
+# ---- from the arguments of a call to a layout -----------------------------------------------------------------------
 
 
 def read_layout(
@@ -293,13 +294,13 @@ def _read_padding(
     readable: bool,
     trusted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Splits a mask into `real` and `past_visible` (see TokenLayout), and returns it whole; None where nothing pads."""
+    """Splits a mask into `real` and `past_visible` (see TokenLayout), and returns it; None where nothing pads."""
     if attention_mask is None:
         return None, None, None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise ValueError(
-            f"`attention_mask` has the shape {tuple(attention_mask.shape)}: give [{batch}, cached + new tokens] with 0 "
-            "at padding, or a whole 4-D mask [batch, 1, new tokens, cached + new tokens] without `token_type_ids`."
+            f"`attention_mask` has the shape {tuple(attention_mask.shape)}: give [{batch}, cached + new tokens] with "
+            "0 at padding, or a whole 4-D mask [batch, 1, new tokens, cached + new tokens] without `token_type_ids`."
         )
     mask = attention_mask != 0
     if isinstance(past, torch.Tensor):
@@ -401,8 +402,8 @@ def _read_types(
     if token_type_ids is not None:
         if tuple(token_type_ids.shape) != (batch, queries):
             raise ValueError(
-                f"`token_type_ids` has the shape {tuple(token_type_ids.shape)} and the new tokens [{batch}, {queries}]: "
-                "give one type for each new token, and none for cached ones."
+                f"`token_type_ids` has the shape {tuple(token_type_ids.shape)} and the new tokens "
+                f"[{batch}, {queries}]: give one type for each new token, and none for cached ones."
             )
         if token_type_ids.is_floating_point() or token_type_ids.is_complex():
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.generation import GenerationMixin
 
+
 try:
     from transformers import PreTrainedConfig
 except ImportError:  # transformers 4 spells it with a small t

@@ -2,7 +2,7 @@
 
 The logits of a position are a function of the tokens, the block layout and the position alone. A mode is a way to get
 logits from a model (a cache, padding, packing, a decoding strategy); it returns `Answer`s, and each says of which
-sequence, with which layout spelled out, it gives the logits. The reference is one plain, uncached forward pass over that
+sequence, with which layout spelled out, it gives the logits. The reference is one plain, uncached forward over that
 sequence. A new mode is one line in `FORWARD_MODES` or `GENERATE_MODES`.
 
 Modes use nothing but what transformers offers, so that the same list runs on other HRM-Text classes.
@@ -22,6 +22,7 @@ from transformers import DynamicCache, StaticCache
 
 NEW_TOKENS = 5
 CAPACITY = 64
+GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def is_greedy(reference: Any, answers: Sequence[Answer]) -> bool:
     return True
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def padded(rows: Sequence[Row], side: str = "left", width: int | None = None) -> dict[str, torch.Tensor]:
@@ -125,7 +126,7 @@ def unpadded(rows: Sequence[Row], logits: torch.Tensor, mask: torch.Tensor) -> l
     return [Answer(row, 0, logits[i][mask[i] != 0]) for i, row in enumerate(rows)]
 
 
-# ---- modes of the forward pass ---------------------------------------------------------------------------------------
+# ---- modes of the forward pass --------------------------------------------------------------------------------------
 
 
 def forward_padded(model: Any, rows: Sequence[Row], side: str, positions: Callable | None = None, **more: Any) -> list:
@@ -253,7 +254,7 @@ FORWARD_MODES: dict[str, Mode] = {
 }
 
 
-# ---- modes of generate -----------------------------------------------------------------------------------------------
+# ---- modes of generate ----------------------------------------------------------------------------------------------
 
 
 def answers_of(output: Any, rows: Sequence[Row], copies: int = 1) -> list[Answer]:
@@ -289,12 +290,7 @@ def generated_on_cache(
     """Two turns of `generate` on one live cache, and both answers."""
     first, second = ONE_BLOCK[0], CONVERSATION[0][:5]
     live = cache(model)
-    options = {
-        "max_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
+    options = dict(GREEDY)
     if live is not None:
         options["past_key_values"] = live
     one = model.generate(**padded([first]), **options)
@@ -313,12 +309,7 @@ def generated_on_cache(
 def generated_padded_conversation(model: Any, cache: Callable[[Any], Any]) -> list[Answer]:
     """Two turns of a ragged batch on one live cache."""
     batch, live = padded(RAGGED, "left"), cache(model)
-    options = {
-        "max_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
+    options = dict(GREEDY)
     if live is not None:
         options["past_key_values"] = live
     one = model.generate(**batch, **options)
