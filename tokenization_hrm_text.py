@@ -76,7 +76,9 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     _plain: Any = None
 
-    def __init__(self, *args: Any, default_condition: str | Iterable[str] = "direct", **kwargs: Any):
+    def __init__(
+        self, tokenizer_file: str | None = None, *, default_condition: str | Iterable[str] = "direct", **kwargs: Any
+    ):
         kwargs.setdefault("bos_token", PROMPT_START)
         kwargs.setdefault("eos_token", RESPONSE_END)
         kwargs.setdefault("pad_token", PADDING)
@@ -86,13 +88,13 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         if isinstance(kwargs.get("extra_special_tokens"), list):  # transformers 5 writes it, 4 reads the other name
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
         self.default_condition = ",".join(_condition_tags(default_condition))
-        super().__init__(*args, default_condition=self.default_condition, **kwargs)
+        super().__init__(tokenizer_file=tokenizer_file, default_condition=self.default_condition, **kwargs)
         known = set(self.all_special_tokens)
         others = [
             token.content for token in self.added_tokens_decoder.values() if token.special and str(token) not in known
         ]
         if others:
-            self.add_special_tokens({"additional_special_tokens": others})
+            self.add_special_tokens({"additional_special_tokens": others}, False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> HrmTextTokenizer:

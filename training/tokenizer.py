@@ -23,6 +23,7 @@ from tokenizers import (
     trainers,
 )
 
+
 # Position in this list = token id. Ids 1 to 4 spell the conditions out but no checkpoint was trained on them: a prompt
 # names its conditions by ids 8, 9, 12 and 13 (see tokenization_hrm_text.py).
 SPECIAL_TOKENS = (
