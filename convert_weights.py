@@ -107,8 +107,8 @@ def convert(
             found = verify(temporary, readable, plan.config, digests, remote_code="auto_map" in plan.config)
             if found.differences:
                 raise ConversionError(
-                    f"{output}: the reloaded folder is not the source ({found.differences[0]}, {len(found.differences)} "
-                    "in all): nothing was put in place; report this"
+                    f"{output}: the reloaded folder is not the source ({len(found.differences)} differences, first: "
+                    f"{found.differences[0]}): nothing was put in place; report this"
                 )
         put_in_place()
     return Conversion(plan, found)

@@ -77,7 +77,7 @@ class Plan:
                 spec = self.specs[name]
                 shape = " x ".join(str(size) for size in spec.shape)
                 lines.append(f"{name:<56} {shape:>16} {str(spec.dtype).removeprefix('torch.'):>9}  {file}")
-        return lines + ["", f"{len(self.specs)} tensors, {self.elements:,} parameters, {self.nbytes:,} bytes"]
+        return [*lines, "", f"{len(self.specs)} tensors, {self.elements:,} parameters, {self.nbytes:,} bytes"]
 
 
 def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: int) -> Plan:

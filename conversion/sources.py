@@ -126,7 +126,9 @@ class _TrainingCheckpoint(Source):
         if not isinstance(info, dict):
             raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_info is no table")
         found = find_tokenizer(tokenizer) if tokenizer else _tokenizer_within(path, info.get("tokenizer_path"))
-        config, warnings = configs.from_training(run, metadata, special_token_ids(found), dimensions, str(path))
+        config, warnings = configs.from_training(
+            run, metadata, special_token_ids(found, dimensions.vocabulary), dimensions, str(path)
+        )
         opened = cls(
             path=path,
             kind="training checkpoint",
@@ -172,7 +174,7 @@ class _ModelFolder(Source):
         specs = {name: specs[name] for name in dimensions.shapes()}
         found = find_tokenizer(tokenizer or path, required=tokenizer is not None)
         config, warnings = configs.from_published(
-            read_json(path, "config.json"), dimensions, special_token_ids(found), str(path)
+            read_json(path, "config.json"), dimensions, special_token_ids(found, dimensions.vocabulary), str(path)
         )
         split = any(len(members) > 1 for members in groups.values())
         generation = path / "generation_config.json"
@@ -267,7 +269,8 @@ def _header(file: Path) -> dict[str, TensorSpec]:
     specs = {}
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():
+            names = opened.keys()
+            for name in names:
                 piece = opened.get_slice(name)
                 dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
                 if dtype is None:

@@ -33,19 +33,28 @@ def find_tokenizer(path: Path, required: bool = True) -> Path | None:
     return None
 
 
-def special_token_ids(folder: Path | None) -> dict[str, int]:
-    """Id of each added token of a tokenizer; empty where there is no tokenizer."""
+def special_token_ids(folder: Path | None, vocabulary: int) -> dict[str, int]:
+    """Id of each added token of a tokenizer; empty where there is no tokenizer.
+
+    Raises:
+        ConversionError: it is no tokenizer, or has ids that a model of this vocabulary does not know.
+    """
     if folder is None:
         return {}
     path = folder / "tokenizer.json"
     try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-        ids = {entry["content"]: entry["id"] for entry in added}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+        ids = [*content["model"]["vocab"].values(), *added.values()]
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{path} is no tokenizer file ({error}): pass --tokenizer with another") from None
-    return {name: index for name, index in ids.items() if type(index) is int}
+        raise ConversionError(f"{path} is no byte-level BPE tokenizer ({error!r}): pass another") from None
+    if any(type(index) is not int or not 0 <= index < vocabulary for index in ids):
+        raise ConversionError(
+            f"{path} has ids above the model's vocabulary of {vocabulary}: pass --tokenizer with its own"
+        )
+    return added
 
 
 def tokenizer_files(folder: Path, config: dict[str, Any], root: Path | None) -> dict[str, bytes]:
@@ -57,7 +66,7 @@ def tokenizer_files(folder: Path, config: dict[str, Any], root: Path | None) -> 
         root: where this project's tokenizer module and chat template lie; None leaves the files as they are, for a
             folder that carries no code.
     """
-    names = {index: name for name, index in special_token_ids(folder).items()}
+    names = {index: name for name, index in special_token_ids(folder, config["vocab_size"]).items()}
     settings_path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}

@@ -73,7 +73,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
-        self._file = open(path, "xb")
+        self._file = open(path, "xb")  # noqa: SIM115 - `close` and `abort` end it
         self._put(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
