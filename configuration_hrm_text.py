@@ -165,6 +165,9 @@ class HrmTextConfig(PreTrainedConfig):
         rope.setdefault("rope_type", rope.pop("type", "default"))
         self.rope_parameters = rope
 
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        # Before the library's own checks, whose messages do not know our fields.
+        self.validate_hrm_text()
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             pad_token_id=pad_token_id,
@@ -172,7 +175,6 @@ class HrmTextConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
-        self.validate_hrm_text()
 
     # What follows from other fields ------------------------------------------------------------------------------
 

@@ -20,6 +20,10 @@ class LoadingMixin(FusedLoadingMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _refuse_partial_stacks(pretrained_model_name_or_path, info)
+        for name, parameter in model.named_parameters():
+            if name.endswith("z_L_init"):
+                # Loading puts a new parameter in place of ours; this one is never trained.
+                parameter.requires_grad_(False)
         return (model, info) if wants_info else model
 
 

@@ -142,6 +142,7 @@ class HrmTextMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.init_factor = (config.hidden_size / config.intermediate_size) ** 0.5
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
@@ -249,12 +250,8 @@ class HrmTextPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normals as in training; `down_proj` and `z_L_init` have standard deviations of their own."""
         std = self.config.initializer_range
-        if isinstance(module, HrmTextMLP):
-            down_std = std * (self.config.hidden_size / self.config.intermediate_size) ** 0.5
-            _truncated_normal(module.down_proj.weight, down_std)
-            module.down_proj._is_hf_initialized = True
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            _truncated_normal(module.weight, std)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            _truncated_normal(module.weight, std * getattr(module, "init_factor", 1.0))
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, HrmTextModel):
@@ -412,7 +409,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         H_cycles, L_cycles, layers = self.config.H_cycles, self.config.L_cycles, self.config.num_layers_per_stack
         H_bp, L_bp = self.gradient_calls
         grad = torch.is_grad_enabled()
-        z_L = self.z_L_init.to(z_H.device, z_H.dtype).expand_as(z_H)
+        z_L = self.z_L_init.detach().to(z_H.device, z_H.dtype).expand_as(z_H)
         slot = 0
         for h in range(H_cycles):
             for step in range(L_cycles):

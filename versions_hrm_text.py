@@ -15,8 +15,20 @@ from transformers.generation import GenerationMixin
 
 try:
     from transformers import PreTrainedConfig
-except ImportError:  # transformers 4 spells it with a small t
-    from transformers import PretrainedConfig as PreTrainedConfig
+except ImportError:  # transformers 4 spells it with a small t, and its rotary functions read `rope_scaling`
+    from transformers import PretrainedConfig
+
+    class PreTrainedConfig(PretrainedConfig):
+        """The base of transformers 4, with the view of `rope_parameters` that its rotary functions read."""
+
+        @property
+        def rope_scaling(self) -> dict[str, Any] | None:
+            rope = getattr(self, "rope_parameters", None)
+            return None if rope is None or rope["rope_type"] == "default" else rope
+
+        @rope_scaling.setter
+        def rope_scaling(self, value: dict[str, Any] | None) -> None:
+            self.rope_parameters = {"rope_theta": self.rope_theta, "rope_type": "default", **(value or {})}
 
 
 def is_version_5() -> bool:
