@@ -96,6 +96,10 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         if others:
             self.add_special_tokens({"additional_special_tokens": others}, False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied backend forgets that it is to read special tokens as text.
+        return {**self.__dict__, "_plain": None}
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> HrmTextTokenizer:
         """As `PreTrainedTokenizerFast.from_pretrained`."""
@@ -232,9 +236,9 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             ValueError: an unknown tag.
         """
         batched = not isinstance(text, str)
-        texts = list(text) if batched else [text]
-        if not all(isinstance(item, str) for item in texts):
+        if batched and not (isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)):
             raise TypeError("text must be a string or a list of strings")
+        texts = text if batched else [text]
         opening = self._control_pattern().findall(self._opening(condition))
         rows = [[*((token, True) for token in opening), (item, False), (PROMPT_END, True)] for item in texts]
         return self._collate(

@@ -64,8 +64,9 @@ def corpus(number: int = 2000) -> list[str]:
 
 
 def hard_texts(number: int, special_tokens: list[str], seed: int = 0) -> list[str]:
-    """Texts of unusual pieces, one in four of them a special token spelled out."""
+    """Texts of unusual pieces, one in four of them a special token spelled out, often those of the envelope."""
     draw = random.Random(seed)
+    special_tokens = special_tokens + ["<|im_start|>", "<|im_end|>"] * (len(special_tokens) // 4)
     return [
         "".join(
             draw.choice(special_tokens if draw.random() < 0.25 else HARD_PIECES) for _ in range(draw.randrange(1, 30))
