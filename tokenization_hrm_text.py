@@ -334,7 +334,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     def _sanitized_rows(
         self, chats: list[list[dict[str, Any]]], with_mask: bool, arguments: dict[str, Any]
     ) -> list[tuple[list[int], list[int]]] | None:
-        """Ids and assistant mask of each chat, or None where no text from outside can be read as a special token.
+        """Ids and assistant mask of each chat, or None where no mask is asked for and the library encodes as well.
 
         Every character from outside that could begin a special token gets a marker in front of it before the template
         is rendered: what then still matches was written by the template, however it joined its strings.
@@ -342,7 +342,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         tokens = self._control_tokens()
         marked = {name: value for name, value in arguments.items() if name != "chat_template"}
         strings = "\0".join(_strings([chats, marked]))
-        if not any(token[0] in strings for token in tokens):
+        if not with_mask and not any(token[0] in strings for token in tokens):
             return None
         marker = next((sign for sign in _NONCHARACTERS if sign not in strings), None)
         if marker is None:
@@ -360,7 +360,8 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         )
         pattern = self._control_pattern(marker)
         segments = [_split(text, pattern, marker) for text in texts]
-        if segments == [_split(text.replace(marker, ""), self._control_pattern()) for text in texts]:
+        plain = self._control_pattern()
+        if not with_mask and segments == [_split(text.replace(marker, ""), plain) for text in texts]:
             return None
         rows = []
         for index, (text, row) in enumerate(zip(texts, segments)):
