@@ -65,6 +65,7 @@ def plan_attention(
     capacity: int | None,
     device: torch.device,
     flash_kernel: Any = None,
+    static_shapes: bool = False,
 ) -> AttentionPlan:
     """Turns a layout into what the backend needs, with as little mask as the layout allows.
 
@@ -76,6 +77,7 @@ def plan_attention(
         capacity: number of positions of a static cache, None for a growing one or none at all.
         device: where masks are built.
         flash_kernel: the variable-length flash attention, for backend "flash".
+        static_shapes: read all of a static cache behind a mask, so that the plan is of one shape at every step.
 
     Raises:
         ValueError: more tokens than a static cache holds, or flash attention while compiling.
@@ -86,7 +88,7 @@ def plan_attention(
             f"the static cache holds {capacity} positions and {layout.past} + {queries} are needed: create it with a "
             "larger `max_cache_len`, or use a growing cache."
         )
-    static_window = capacity is not None and not past_is_known
+    static_window = capacity is not None and (static_shapes or not past_is_known)
     keys = capacity if static_window else layout.past + queries
     plan = AttentionPlan(backend, key_length=keys if capacity is not None and not static_window else None)
 
@@ -98,7 +100,10 @@ def plan_attention(
             )
         return replace(plan, flash=plan_flash(layout, batch, queries, flash_kernel, device))
     if backend == "flex_attention":
-        return replace(plan, block_mask=_flex_mask(layout, batch, queries, keys, device))
+        if queries > 1:
+            return replace(plan, block_mask=_flex_mask(layout, batch, queries, keys, device))
+        # A single query has no blocks to skip, and every length of the cache would be compiled anew.
+        plan = replace(plan, backend="sdpa")
 
     nothing_hidden = layout.real is None and layout.past_visible is None and layout.sequence is None
     if nothing_hidden and not static_window:
@@ -267,10 +272,7 @@ def attend(
     if plan.backend == FLASH:
         return flash_attend(plan.flash, query, key, value, scaling, dropout), None
     if plan.backend == "flex_attention":
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-        return flex(module, query, key, value, plan.block_mask, scaling=scaling)[0], None
+        return _flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2), None
     return _sdpa(plan, query, key, value, scaling, dropout).transpose(1, 2), None
 
 
@@ -290,6 +292,30 @@ def _sdpa(
         query[:, :, lead:], key, value, attn_mask=plan.mask, dropout_p=dropout, scale=scaling
     )
     return torch.cat([block, rest], dim=2)
+
+
+def _flex(
+    plan: AttentionPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    module: torch.nn.Module | None,
+) -> torch.Tensor:
+    if dropout > 0:
+        raise ValueError(
+            "flex attention has no dropout: use 'sdpa' or 'eager', or set `config.attention_dropout=0.0`."
+        )
+    if query.device.type == "cpu":
+        # Uncompiled: inductor's kernel for processors fails on the second length, and compiles for seconds.
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(query, key, value, block_mask=plan.block_mask, scale=scaling)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    return flex(module, query, key, value, plan.block_mask, scaling=scaling)[0].transpose(1, 2)
 
 
 def _eager(

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from .harness import FORWARD_MODES, GENERATE_MODES, NOT_GREEDY, deviation, is_greedy
-from .tiny import tiny_model
-
-
-def one_answer_model(seed: int = 0, **overrides):
-    model = tiny_model(seed, num_layers_per_stack=1, **overrides)
-    # Generation to the full length makes answers comparable; what ends it is tested on its own.
-    model.generation_config.eos_token_id = None
-    return model
+from .harness import GENERATE_MODES, NOT_GREEDY, deviation, is_greedy
+from .one_answer_models import one_answer_model
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +19,3 @@ def test_generate(model, mode):
     assert deviation(model, answers) < 1e-4
     if mode not in NOT_GREEDY:
         assert is_greedy(model, answers)
-
-
-@pytest.mark.parametrize("mode", FORWARD_MODES)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@torch.no_grad()
-def test_forward(model, implementation, mode):
-    other = one_answer_model(attn_implementation=implementation)
-    assert deviation(model, FORWARD_MODES[mode](other)) < 1e-4

@@ -1,0 +1,14 @@
+"""The models of the one-answer tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .tiny import tiny_model
+
+
+def one_answer_model(seed: int = 0, **overrides: Any) -> Any:
+    """A tiny model (four attention calls) that generates to the full length, so that the answers of all modes can be compared."""
+    model = tiny_model(seed, **{"num_layers_per_stack": 1, "L_cycles": 1, **overrides})
+    model.generation_config.eos_token_id = None
+    return model
