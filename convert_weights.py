@@ -149,8 +149,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.output}: {len(done.plan.specs)} tensors, {done.plan.nbytes:,} bytes")
         if done.verification:
             print("\n".join(f"  {line}" for line in done.verification.lines()))
-        if done.plan.source.tokenizer is None:
-            print("  tokenizer  none was found: pass --tokenizer to make the folder complete")
         if options.push_to_hub:
             print(publish(options.output, options.push_to_hub, options.private, options.revision))
     except ConversionError as error:

@@ -28,12 +28,18 @@ class Verification:
     loaded_as: str
     tensors: int
     logits: str
+    tokenizer: str
     differences: list[str]
 
     def lines(self) -> list[str]:
         """The report, a line an item."""
-        found = [f"loaded as  {self.loaded_as}", f"tensors    {self.tensors} equal to the source"]
-        return found + [f"logits     {self.logits}"] + [f"DIFFERS    {line}" for line in self.differences]
+        return [
+            f"loaded as  {self.loaded_as}",
+            f"tensors    {self.tensors} equal to the source",
+            f"logits     {self.logits}",
+            f"tokenizer  {self.tokenizer}",
+            *(f"DIFFERS    {line}" for line in self.differences),
+        ]
 
 
 def verify(
@@ -107,11 +113,13 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         differences.append("the logits hold NaN or infinite values")
     elif not difference <= allowed * max(1.0, logits.abs().max().item()):
         differences.append(f"the logits differ from the in-memory model's by {difference:.3g}")
+    tokenizer, faults = _tokenizer(folder, request)
     return {
         "loaded_as": f"{model_class.__name__}, transformers {transformers.__version__}",
         "tensors": len(expected) - sum(" differs" in line for line in differences),
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
-        "differences": differences,
+        "tokenizer": tokenizer,
+        "differences": differences + faults,
     }
 
 
@@ -144,6 +152,21 @@ def _in_memory(model_class: Any, config_class: Any, request: dict[str, Any], att
     return model
 
 
+def _tokenizer(folder: str, request: dict[str, Any]) -> tuple[str, list[str]]:
+    """What the folder's tokenizer is, and where it disagrees with the config."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer.json").exists():
+        return "none was found: pass --tokenizer to make the folder complete", []
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request["remote_code"])
+    faults = []
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        said, found = request["config"][field], getattr(tokenizer, field)
+        if found not in (said if isinstance(said, list) else [said]):
+            faults.append(f"{field} is {said} in the config and {found} in the tokenizer")
+    return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens", faults
+
+
 def _files_only(folder: Path, expected: dict[str, str], version: str) -> dict[str, Any]:
     """The comparison that is left where the installed transformers has no class for the split layout."""
     from safetensors.torch import load_file
@@ -157,6 +180,7 @@ def _files_only(folder: Path, expected: dict[str, str], version: str) -> dict[st
         "loaded_as": f"plain files: transformers {version} has no hrm_text class (5.9 has)",
         "tensors": len(expected) - len(differences),
         "logits": "not computed",
+        "tokenizer": "not loaded",
         "differences": differences,
     }
 

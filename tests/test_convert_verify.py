@@ -1,0 +1,232 @@
+"""The reload in a new process: what it compares, and that it sees what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import convert_weights
+from conversion import output
+from conversion.errors import ConversionError
+from conversion.verify import verify
+from convert_weights import convert, main
+
+from .checkpoints import REFERENCE, older_config, published_tensors, save_published, save_training, split_tensors
+from .test_convert_output import small_tokenizer, snapshot
+
+
+ROOT = Path(__file__).resolve().parent.parent
+in_library = pytest.mark.skipif(
+    not hasattr(transformers, "HrmTextForCausalLM"), reason="this transformers has no hrm_text class of its own"
+)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A verified conversion with a tokenizer, its source, and what the reload found."""
+    folder = tmp_path_factory.mktemp("verified")
+    source = save_published(folder / "source")
+    done = convert(source, folder / "out", tokenizer=small_tokenizer(folder / "tokenizer"), progress=False)
+    return source, folder / "out", done
+
+
+def check(converted, folder, **config):
+    """Verifies `folder` against the conversion's source, as `convert` does before it puts a folder in place."""
+    source, _, done = converted
+    digests = {name: output.tensor_digest(tensor) for name, tensor in load_file(source / "model.safetensors").items()}
+    opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
+    return verify(folder, opening, {**done.plan.config, **config}, digests, remote_code=True)
+
+
+def copy_of(converted, folder):
+    folder.mkdir()
+    for name, content in snapshot(converted[1]).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_good_folder(converted):
+    found = converted[2].verification
+    assert found.differences == []
+    assert found.loaded_as == f"HrmTextForCausalLM, transformers {transformers.__version__}"
+    assert found.tensors == 19
+    assert found.logits.startswith("(24, 65) finite, within 0 ")
+    assert found.tokenizer == "HrmTextTokenizer, 40 tokens"
+
+
+def test_every_kind_of_difference_is_seen(converted, tmp_path):
+    """One changed number, a changed rotary base, and a tokenizer that ends elsewhere."""
+    folder = copy_of(converted, tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.L_module.layers.1.attn.o_proj.weight"][3, 3] += 1e-7
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 99.0
+    (folder / "config.json").write_text(json.dumps(config))
+    weights, logits, tokenizer = check(converted, folder, eos_token_id=12).differences
+    assert weights == "model.L_module.layers.1.attn.o_proj.weight differs from the source"
+    assert logits.startswith("the logits differ from the in-memory model's by")
+    assert tokenizer == "eos_token_id is 12 in the config and 11 in the tokenizer"
+
+
+def test_a_folder_that_does_not_load_is_not_put_in_place(converted, tmp_path, monkeypatch):
+    monkeypatch.setitem(output.AUTO_CLASSES, "AutoModelForCausalLM", "modeling_hrm_text.NothingLikeThis")
+    with pytest.raises(ConversionError, match=r"does not load .*NothingLikeThis"):
+        convert(converted[0], tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_give_exit_code_1_and_the_old_output(converted, tmp_path, monkeypatch, capsys):
+    """The converter is made to write other weights than it read."""
+    target = copy_of(converted, tmp_path / "out")
+    before = snapshot(target)
+    honest = output.tensor_digest
+    monkeypatch.setattr(output, "tensor_digest", lambda tensor: honest(tensor + 1))
+    assert main([str(converted[0]), "--output", str(target), "--force"]) == 1
+    assert "the reloaded folder is not the source (19 differences" in capsys.readouterr().err
+    assert snapshot(target) == before
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("ema", None), ("raw", "bfloat16")])
+def test_the_reference_verifies(tmp_path, weights, dtype):
+    done = convert(REFERENCE / "checkpoint", tmp_path / "out", weights=weights, dtype=dtype, progress=False)
+    assert done.verification.differences == []
+
+
+@in_library
+@pytest.mark.parametrize(("layout", "bp_max_steps"), [("fused", 2), ("split", 5)])
+def test_the_output_loads_in_the_librarys_class_with_equal_logits(tmp_path, layout, bp_max_steps):
+    raw = published_tensors(seed=1)
+    source = save_training(tmp_path / "run", {1: (raw, raw)}, bp_max_steps=bp_max_steps, rope_theta=777.0)
+    done = convert(source, tmp_path / "out", layout=layout, progress=False)
+    assert done.verification.differences == []
+    theirs, info = transformers.HrmTextForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    state = theirs.state_dict()
+    expected = split_tensors({**raw, "model.z_L_init": raw["model.z_L_init"].bfloat16().float()})
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+    if layout == "split":
+        convert(tmp_path / "out", tmp_path / "fused", verification=False, progress=False)
+    fused = tmp_path / ("fused" if layout == "split" else "out")
+    ours = AutoModelForCausalLM.from_pretrained(fused, trust_remote_code=True)
+    assert "transformers_modules" in type(ours).__module__
+    ids = torch.randint(0, 65, (2, 20), generator=torch.Generator().manual_seed(0))
+    types = (torch.arange(20) < 9).long().expand(2, 20)
+    with torch.no_grad():
+        logits = [model.eval()(ids, token_type_ids=types).logits for model in (ours, theirs)]
+    assert logits[0].abs().max() > 1
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@in_library
+def test_what_the_librarys_class_saves_is_a_source(tmp_path):
+    """Its config names no prefix end; its file has whatever layout it saves in."""
+    config = transformers.HrmTextConfig(
+        vocab_size=65,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=12,
+        H_cycles=1,
+        L_cycles=4,
+        initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    )
+    theirs = transformers.HrmTextForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "out", verification=False, progress=False)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert ours.config.prefix_end_token_id == 7
+    ids = torch.arange(2 * 9).view(2, 9) + 20
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*counts both stacks")
+def test_the_exporters_dialect_loads(tmp_path):
+    source = save_published(tmp_path / "source", published_tensors(dtype=torch.bfloat16), older_config())
+    convert(source, tmp_path / "out", verification=False, progress=False)
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert config.num_layers_per_stack == 2 and config.num_hidden_layers == 16 and config.rope_theta == 5000.0
+
+
+def test_split_without_a_class_for_it_compares_the_files(tmp_path):
+    """On a transformers that has the class, the request of one that has not is made by hand."""
+    from conversion.verify import _files_only
+
+    source = save_published(tmp_path / "source")
+    convert(source, tmp_path / "out", layout="split", verification=False, progress=False, max_shard_size="40KB")
+    digests = {
+        name: output.tensor_digest(t) for name, t in split_tensors(load_file(source / "model.safetensors")).items()
+    }
+    assert _files_only(tmp_path / "out", digests, "4")["differences"] == []
+    digests["lm_head.weight"] = "0"
+    assert _files_only(tmp_path / "out", digests, "4")["differences"] == ["lm_head.weight differs from the source"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "convert_weights.py"), *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_the_command_line(tmp_path):
+    done = command(REFERENCE / "checkpoint", "--output", tmp_path / "out", "--weights", "raw")
+    assert done.returncode == 0, done.stderr
+    assert "tensors    19 equal to the source" in done.stdout
+    assert "none was found: pass --tokenizer" in done.stdout
+    assert "weights: 100%" in done.stderr
+    again = command(REFERENCE / "checkpoint", "--output", tmp_path / "out")
+    assert again.returncode == 1 and len(again.stderr.strip().splitlines()) == 1
+    assert "pass --force" in again.stderr
+
+
+def test_help_and_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--max-shard-size",
+        "--push-to-hub",
+        "--revision",
+        "--format",
+        "--dry-run",
+        "examples:",
+        "exit code",
+    ):
+        assert option in text
+    with pytest.raises(SystemExit) as stop:
+        main(["x", "--dtype", "int8"])
+    assert stop.value.code == 2
+    assert main(["/nothing/here"]) == 1
+    assert "--output is missing" in capsys.readouterr().err
+    assert main(["/nothing/here", "--output", "x"]) == 1
+    assert "/nothing/here does not exist" in capsys.readouterr().err
+
+
+def test_dry_run_prints_a_table(capsys):
+    assert main([str(REFERENCE / "checkpoint"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.safetensors" in printed and "19 tensors, 135,200 parameters, 540,800 bytes" in printed
+
+
+def test_interruption_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_weights, "write", interrupted)
+    assert main([str(REFERENCE / "checkpoint"), "--output", str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "interrupted" in capsys.readouterr().err
