@@ -145,4 +145,17 @@ class HrmTextCache(DynamicCache):
             layer.crop(max_length)
 
 
-__all__ = ["GrowingLayer", "HrmTextCache"]
+class OneSlot:
+    """One slot with the interface of a cache: the graph of a compiled layer then holds no slot number."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, slot: int, cache_kwargs: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes the new positions [batch, heads, new, head_dim] on to the slot."""
+        return self.layer.update(key_states, value_states, cache_kwargs)
+
+
+__all__ = ["GrowingLayer", "HrmTextCache", "OneSlot"]

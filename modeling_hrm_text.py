@@ -25,18 +25,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention_hrm_text import AttentionPlan, attend, plan_attention
-from .cache_hrm_text import HrmTextCache
+from .cache_hrm_text import HrmTextCache, OneSlot
 from .configuration_hrm_text import HrmTextConfig
+from .decoding_hrm_text import StaticDecoder  # noqa: F401
 from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.16 copies what the entry module imports)
 from .generation_hrm_text import HrmTextGenerationMixin
+from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import TokenLayout, read_layout
 from .loading_hrm_text import LoadingMixin
+from .packed_hrm_text import PackedLinear  # noqa: F401
 from .versions_hrm_text import flash_kernel, is_flash, static_capacity, tied_weights_keys
 
 
@@ -77,7 +81,7 @@ class HrmTextRotaryEmbedding(nn.Module):
             if self.rope_type == "default"
             else ROPE_INIT_FUNCTIONS[self.rope_type]
         )
-        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        inv_freq, self.attention_scaling = self.rope_init_fn(config, None)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -149,7 +153,7 @@ class HrmTextMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class HrmTextDecoderLayer(nn.Module):
+class HrmTextDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm block: x += attn(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config: HrmTextConfig):
@@ -183,6 +187,8 @@ class HrmTextStack(nn.Module):
         self.eps = config.rms_norm_eps
         self.layers = nn.ModuleList(HrmTextDecoderLayer(config) for _ in range(config.num_layers_per_stack))
         self.gradient_checkpointing = False
+        # Where set, the options of `torch.compile` for one layer, which then serves all decoding on static caches.
+        self.compile_options: tuple[tuple[str, Any], ...] | None = None
 
     def forward(
         self,
@@ -195,17 +201,23 @@ class HrmTextStack(nn.Module):
         recorder: _Recorder | None = None,
     ) -> torch.Tensor:
         """One module call, on cache slots slot .. slot + layers - 1; [batch, tokens, hidden] -> the same shape."""
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        compiled = self._compiled_layer(past_key_values) if hidden_states.shape[1] == 1 else None
         for i, layer in enumerate(self.layers):
             inputs = hidden_states
             arguments = (hidden_states, position_embeddings, plan, past_key_values, slot + i, cache_kwargs)
-            if checkpointing:
-                hidden_states, weights = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            if compiled is not None:
+                one_slot = OneSlot(past_key_values.layers[slot + i])
+                hidden_states, weights = compiled(layer, *arguments[:3], one_slot, 0, cache_kwargs)
             else:
                 hidden_states, weights = layer(*arguments)
             if recorder is not None:
                 recorder.note(inputs, weights)
         return norm(hidden_states, self.eps)
+
+    def _compiled_layer(self, past_key_values: Any) -> Any:
+        if self.compile_options is None or static_capacity(past_key_values) is None or torch.compiler.is_compiling():
+            return None
+        return compiled_layer(type(self.layers[0]).forward, self.compile_options)
 
 
 class _Recorder:
@@ -222,7 +234,7 @@ class _Recorder:
             self.attentions.append(weights)
 
 
-class HrmTextPreTrainedModel(LoadingMixin, PreTrainedModel):
+class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
     """What all HRM-Text models share: initialisation, loading, and the number of gradient steps."""
 
     config_class = HrmTextConfig
@@ -468,7 +480,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
             return _plan_whole_mask(whole_mask, backend, layout), position_ids
         kernel = flash_kernel(self.config._attn_implementation) if backend == "flash" else None
         capacity = static_capacity(past_key_values)
-        return plan_attention(layout, backend, *shape, capacity, device, kernel), position_ids
+        static_shapes = self.L_module.compile_options is not None and shape[1] == 1
+        return plan_attention(layout, backend, *shape, capacity, device, kernel, static_shapes), position_ids
 
     def _attention_backend(self, output_attentions: bool) -> str:
         name = self.config._attn_implementation or "sdpa"
@@ -562,6 +575,11 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
 
         The other arguments are those of `HrmTextModel.forward`.
         """
+        if self._decoder is not None and labels is None and not (output_attentions or output_hidden_states):
+            step = (input_ids, attention_mask, position_ids, past_key_values, trusted_layout)
+            logits = self._decoder.step(self, *step)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
