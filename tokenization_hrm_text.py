@@ -12,17 +12,17 @@ What this adds to a fast tokenizer over the same `tokenizer.json`:
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_hrm_text import all_strings, map_strings, mask_inside, plain_chats, split_controls
 from .versions_hrm_text import as_expected_tokenizer_class
 
 
@@ -286,7 +286,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             ValueError: an unknown tag; `continue_final_message` where the last message is not the assistant's.
             jinja2.TemplateError: roles that do not alternate, content that is not text, tools.
         """
-        chats, batched = _plain_chats(conversation)
+        chats, batched = plain_chats(conversation)
         if continue_final_message and any(chat and chat[-1].get("role") != "assistant" for chat in chats):
             raise ValueError(
                 "continue_final_message goes on with an answer, but the last message is not the assistant's: pass "
@@ -315,35 +315,51 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             "max_length": max_length,
             "return_tensors": return_tensors,
         }
-        if sanitize_control_tokens:
-            rows = self._sanitized_rows(chats, return_assistant_tokens_mask, arguments)
-            if rows is not None:
-                ids, masks = zip(*rows)
-                masks = masks if return_assistant_tokens_mask else None
-                output = self._collate(ids, batched, masks=masks, **encoding, **(tokenizer_kwargs or {}))
-                return output if return_dict else output["input_ids"]
-        return super().apply_chat_template(
-            conversation,
-            return_dict=return_dict,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            tokenizer_kwargs=tokenizer_kwargs,
-            **encoding,
-            **arguments,
-        )
+        if not sanitize_control_tokens:
+            return super().apply_chat_template(
+                conversation,
+                return_dict=return_dict,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                tokenizer_kwargs=tokenizer_kwargs,
+                **encoding,
+                **arguments,
+            )
+        segments, spans = self._render(chats, arguments, with_spans=return_assistant_tokens_mask)
+        if segments is not None:
+            ids, starts = zip(*map(self._encode_segments, segments))
+            masks = [mask_inside(*pair) for pair in zip(starts, spans)] if return_assistant_tokens_mask else None
+            output = self._collate(ids, batched, masks=masks, **encoding, **(tokenizer_kwargs or {}))
+        else:
+            output = super().apply_chat_template(
+                conversation, return_dict=True, tokenizer_kwargs=tokenizer_kwargs, **encoding, **arguments
+            )
+            if return_assistant_tokens_mask:
+                chat_of = output.get("overflow_to_sample_mapping", range(len(output.encodings)))
+                masks = [
+                    mask_inside([start for start, _ in row.offsets], spans[int(chat)], row.attention_mask)
+                    for row, chat in zip(output.encodings, chat_of)
+                ]
+                output["assistant_masks"] = masks if batched or return_tensors else masks[0]
+                output.convert_to_tensors(tensor_type=return_tensors)
+        return output if return_dict else output["input_ids"]
 
-    def _sanitized_rows(
-        self, chats: list[list[dict[str, Any]]], with_mask: bool, arguments: dict[str, Any]
-    ) -> list[tuple[list[int], list[int]]] | None:
-        """Ids and assistant mask of each chat, or None where no mask is asked for and the library encodes as well.
+    def _render(
+        self, chats: list[list[dict[str, Any]]], arguments: dict[str, Any], with_spans: bool
+    ) -> tuple[list[list[tuple[str, bool]]] | None, list[list[tuple[int, int]]]]:
+        """Renders chats so that text from outside can be told from the template's own.
 
         Every character from outside that could begin a special token gets a marker in front of it before the template
         is rendered: what then still matches was written by the template, however it joined its strings.
+
+        Returns:
+            For each chat its texts (False) and special tokens (True), or None where encoding the plain string gives
+            the same; and for each chat the spans [begin, end) of the answers in that string.
         """
         tokens = self._control_tokens()
         marked = {name: value for name, value in arguments.items() if name != "chat_template"}
-        strings = "\0".join(_strings([chats, marked]))
-        if not with_mask and not any(token[0] in strings for token in tokens):
-            return None
+        strings = "\0".join(all_strings([chats, marked]))
+        if not with_spans and not any(token[0] in strings for token in tokens):
+            return None, []
         marker = next((sign for sign in _NONCHARACTERS if sign not in strings), None)
         if marker is None:
             raise ValueError("the messages hold every noncharacter of Unicode (U+FDD0 to U+FDEF): remove one of them")
@@ -353,25 +369,19 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             return beginnings.sub(marker + r"\g<0>", text)
 
         texts, spans = render_jinja_template(
-            conversations=_map_strings(chats, mark),
+            conversations=map_strings(chats, mark),
             chat_template=self.get_chat_template(arguments["chat_template"], arguments["tools"]),
-            return_assistant_tokens_mask=with_mask,
-            **{**self.special_tokens_map, **_map_strings(marked, mark)},
+            return_assistant_tokens_mask=with_spans,
+            **{**self.special_tokens_map, **map_strings(marked, mark)},
         )
-        pattern = self._control_pattern(marker)
-        segments = [_split(text, pattern, marker) for text in texts]
-        plain = self._control_pattern()
-        if not with_mask and segments == [_split(text.replace(marker, ""), plain) for text in texts]:
-            return None
-        rows = []
-        for index, (text, row) in enumerate(zip(texts, segments)):
-            ids, starts = self._encode_segments(row)
-            mask = [0] * len(ids)
-            for begin, end in spans[index] if with_mask else ():
-                begin, end = (stop - text.count(marker, 0, stop) for stop in (begin, end))
-                mask = [int(old or begin <= start < end) for old, start in zip(mask, starts)]
-            rows.append((ids, mask))
-        return rows
+        spans = [
+            [tuple(stop - text.count(marker, 0, stop) for stop in span) for span in found]
+            for text, found in zip(texts, spans)
+        ]
+        pattern, plain = self._control_pattern(marker), self._control_pattern()
+        segments = [split_controls(text, pattern, marker) for text in texts]
+        harmless = segments == [split_controls(text.replace(marker, ""), plain) for text in texts]
+        return None if harmless else segments, spans
 
     # ---------------------------------------------------------------- plain text and control tokens
 
@@ -465,67 +475,3 @@ def _condition_tags(condition: str | Iterable[str]) -> list[str]:
     if len(set(tags)) != len(tags):
         raise ValueError(f"condition {','.join(tags)!r} names a tag twice: name each once")
     return tags
-
-
-def _plain_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """A conversation or a batch of them as lists of dicts, contents as strings, and whether it was a batch."""
-    if not isinstance(conversation, (list, tuple)) and not hasattr(conversation, "messages"):
-        raise TypeError(f"conversation must be a list of messages, not {type(conversation).__name__}")
-    if isinstance(conversation, (list, tuple)) and not conversation:
-        raise ValueError("conversation is empty: give it at least one message")
-    batched = isinstance(conversation, (list, tuple)) and (
-        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-    )
-    chats = []
-    for chat in conversation if batched else [conversation]:
-        messages = [_plain_data(message) for message in getattr(chat, "messages", chat)]
-        for message in messages:
-            if not isinstance(message, dict):
-                raise TypeError(f"a message must be a dict with role and content, not {type(message).__name__}")
-            content = message.get("content")
-            if isinstance(content, list) and all(
-                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-                for part in content
-            ):
-                message["content"] = "".join(part["text"] for part in content)
-        chats.append([{key: value for key, value in message.items() if value is not None} for message in messages])
-    return chats, batched
-
-
-def _plain_data(value: Any) -> Any:
-    """Mappings, sequences, dataclasses and pydantic models as dicts and lists."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _plain_data(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_data(item) for item in value]
-    return value
-
-
-def _map_strings(value: Any, function: Any) -> Any:
-    """`value` with every string in its lists and dicts (keys left out) replaced by `function(string)`."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_map_strings(item, function) for item in value]
-    return value
-
-
-def _strings(value: Any) -> list[str]:
-    found: list[str] = []
-    _map_strings(value, found.append)
-    return found
-
-
-def _split(text: str, control: re.Pattern[str], marker: str = "") -> list[tuple[str, bool]]:
-    """Splits a rendered chat into texts (False, markers removed) and special tokens (True)."""
-    segments, position = [], 0
-    for match in control.finditer(text):
-        segments += [(text[position : match.start()].replace(marker, ""), False), (match.group(), True)]
-        position = match.end()
-    return [*segments, (text[position:].replace(marker, ""), False)]
