@@ -16,11 +16,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from .attention_hrm_text import AttentionPlan  # noqa: F401
 from .cache_hrm_text import HrmTextCache  # noqa: F401
 from .configuration_hrm_text import HrmTextConfig
+from .decoding_hrm_text import StaticDecoder  # noqa: F401
 from .flash_hrm_text import FlashPlan  # noqa: F401
 from .generation_hrm_text import HrmTextGenerationMixin  # noqa: F401
+from .inference_hrm_text import InferenceMixin  # noqa: F401
 from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin  # noqa: F401
 from .modeling_hrm_text import HrmTextModel, HrmTextPreTrainedModel
+from .packed_hrm_text import PackedLinear  # noqa: F401
 from .versions_hrm_text import PreTrainedConfig  # noqa: F401
 
 
@@ -83,7 +86,7 @@ class HrmTextForSequenceClassification(_ReadsWholeText, GenericForSequenceClassi
 
 
 class HrmTextForTokenClassification(_ReadsWholeText, GenericForTokenClassification, HrmTextPreTrainedModel):
-    """One label for each token: logits [batch, tokens, num_labels]; `config.classifier_dropout` (0.1) before the head."""
+    """One label for each token: logits [batch, tokens, num_labels]; dropout `config.classifier_dropout`, else 0.1."""
 
     def __init__(self, config: HrmTextConfig):
         super().__init__(config)
