@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .versions_hrm_text import PreTrainedConfig
+from .versions_hrm_text import PreTrainedConfig, tensor_parallel_plan
 
 
 logger = logging.get_logger(__name__)
@@ -84,13 +84,7 @@ class HrmTextConfig(PreTrainedConfig):
 
     model_type = "hrm_text"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # gate, q, k and v lie in one matrix: a split over devices must cut each of the four parts by heads.
-    base_model_tp_plan = {
-        **{f"{stack}.layers.*.attn.gqkv_proj": "hrm_text_packed_colwise" for stack in ("L_module", "H_module")},
-        **{f"{stack}.layers.*.attn.o_proj": "rowwise" for stack in ("L_module", "H_module")},
-        **{f"{stack}.layers.*.mlp.gate_up_proj": "hrm_text_packed_colwise" for stack in ("L_module", "H_module")},
-        **{f"{stack}.layers.*.mlp.down_proj": "rowwise" for stack in ("L_module", "H_module")},
-    }
+    base_model_tp_plan = tensor_parallel_plan()
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .versions_hrm_text import FusedLoadingMixin
+from .versions_hrm_text import FusedLoadingMixin, refuse_tensor_parallelism
 
 
 _STACK_KEY = re.compile(r"(^|\.)[HL]_module\.layers\.\d+\.")
@@ -17,6 +17,7 @@ class LoadingMixin(FusedLoadingMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and raises a ValueError where a tensor of a stack is missing or left over."""
+        refuse_tensor_parallelism(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _refuse_partial_stacks(pretrained_model_name_or_path, info)

@@ -87,10 +87,43 @@ def as_expected_tokenizer_class() -> Iterator[None]:
         logger.removeFilter(differs)
 
 
+# gate, q, k and v lie in one matrix; the library's packed styles before 5.16 cut two parts only.
+_FOUR_PARTS = "hrm_text_packed_colwise"
+_TENSOR_PARALLEL_SINCE = "5.16"
+
+
+def tensor_parallel_plan() -> dict[str, str] | None:
+    """How the layers are split over devices, by heads and by columns; None where transformers cannot do it."""
+    try:
+        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel
+
+        ALL_PARALLEL_STYLES.register(_FOUR_PARTS, PackedColwiseParallel(split_factor=4))
+    except (ImportError, TypeError):
+        return None
+    styles = {
+        "attn.gqkv_proj": _FOUR_PARTS,
+        "attn.o_proj": "rowwise",
+        "mlp.gate_up_proj": "packed_colwise",
+        "mlp.down_proj": "rowwise",
+    }
+    layers = [f"{stack}_module.layers.*" for stack in ("L", "H")]
+    return {f"{layer}.{name}": style for layer in layers for name, style in styles.items()}
+
+
+def refuse_tensor_parallelism(arguments: dict[str, Any]) -> None:
+    """Raises a ValueError for arguments of `from_pretrained` that ask for a split which transformers cannot do."""
+    asked = next((name for name in ("tp_plan", "tp_size") if arguments.get(name) is not None), None)
+    if asked is not None and tensor_parallel_plan() is None:
+        raise ValueError(
+            f"`{asked}` was given, but transformers {transformers.__version__} cannot split the four-part projection of "
+            f"this model over devices: use transformers {_TENSOR_PARALLEL_SINCE} or newer, or `device_map='auto'`."
+        )
+
+
 class FusedLoadingMixin:
     """Loads the fused projections as they are.
 
-    From 5.9 on, the library knows under our model type how to split them for its own class. Releases before 5.16 do it
+    From 5.9 on, the library knows under our model type how to split them for its own class. Releases before 5.13 do it
     to remote code too, after which no tensor would fit.
     """
 
@@ -222,6 +255,8 @@ __all__ = [
     "flash_kernel",
     "is_flash",
     "is_version_5",
+    "refuse_tensor_parallelism",
     "static_capacity",
+    "tensor_parallel_plan",
     "tied_weights_keys",
 ]

@@ -1,0 +1,151 @@
+"""Command line of the suite."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import transformers
+from tqdm import tqdm
+
+from tests.transformers_suite.report import Outcome, render, succeeded
+from tests.transformers_suite.source import assemble, checkout_tests, default_cache, fetch_tests
+from tests.transformers_suite.testers import LIBRARY, OURS, ROOT, VARIANTS
+
+
+# Runs in a process of its own for each implementation and variant: the mixins choose their skips when imported.
+CHILD = """
+import json, sys
+import pytest
+from tests.transformers_suite.report import Collector
+collector = Collector()
+sys.modules["__main__"].__spec__ = None
+code = pytest.main(sys.argv[2:], plugins=[collector])
+with open(sys.argv[1], "w") as file:
+    json.dump({"code": int(code), "outcomes": collector.as_json()}, file)
+"""
+
+EPILOG = """examples:
+  python -m tests.transformers_suite
+      ours and the library's class, every variant, on the tests of the installed version's source distribution
+  python -m tests.transformers_suite --transformers-src ~/src/transformers
+      the same on a checkout, which adds the generation and export tests
+  python -m tests.transformers_suite --only ours --variants half-0.1 --slow -k compile
+      one variant of ours, slow tests included, tests whose name contains "compile"
+
+exit status: 0 when ours passes all that the library's class passes and fails nothing else; 1 otherwise; 2 when the
+tests cannot be found or pytest cannot run them.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.transformers_suite",
+        description="Run transformers' own model tests on the classes of this repository, as remote code.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--transformers-src", type=Path, metavar="DIR", help="checkout of the transformers repository at that version"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", default=None, help=f"folder for downloaded tests ({default_cache()})"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=", ".join(VARIANTS),
+    )
+    parser.add_argument("--only", choices=(OURS, LIBRARY), help="run one implementation instead of both")
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="run the tests that pytest's -k selects")
+    parser.add_argument("--slow", action="store_true", help="run the tests that the library marks slow")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
+    parser.add_argument("--verbose", action="store_true", help="show pytest's own output of failing tests")
+    return parser.parse_args(arguments)
+
+
+def run_case(package_home: Path, implementation: str, variant: str, args: argparse.Namespace) -> tuple[list, str]:
+    """Runs the test case for one implementation and variant; returns its outcomes and pytest's output.
+
+    Raises:
+        RuntimeError: pytest did not get as far as running tests.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(
+            os.environ,
+            HRM_TEXT_SUITE_IMPLEMENTATION=implementation,
+            HRM_TEXT_SUITE_VARIANT=variant,
+            PYTHONPATH=os.pathsep.join([str(package_home), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
+            HF_HUB_OFFLINE="1",
+            # Processes side by side must not copy remote code into one folder, nor share compiled kernels.
+            HF_MODULES_CACHE=f"{scratch}/modules",
+            TORCHINDUCTOR_CACHE_DIR=f"{scratch}/inductor",
+            RUN_SLOW="1" if args.slow else "0",
+            CUDA_VISIBLE_DEVICES="",
+        )
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        output = Path(scratch) / "outcomes.json"
+        # The mixins bring markers and habits of their own, so neither our settings nor our conftest apply.
+        settings = Path(scratch) / "pytest.ini"
+        settings.write_text("[pytest]\n")
+        options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-W", "ignore"]
+        options += ["-c", str(settings), "--rootdir", str(ROOT), "--confcutdir", scratch]
+        options += ["-k", args.keyword] if args.keyword else []
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(output), *options, str(Path(__file__).parent / "cases.py")],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        printed = done.stdout[-60_000:] + done.stderr[-5_000:]
+        result = json.loads(output.read_text()) if output.is_file() else {"code": -1, "outcomes": []}
+        # 0: all passed, 1: some failed, 5: none selected. Anything else is no result.
+        if result["code"] not in (0, 1, 5):
+            raise RuntimeError(f"pytest could not run {implementation}, {variant}:\n{printed}")
+        return [Outcome(**outcome) for outcome in result["outcomes"]], printed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    implementations = [args.only] if args.only else [OURS, LIBRARY]
+    if LIBRARY in implementations and not hasattr(transformers, "HrmTextForCausalLM"):
+        print(f"transformers {transformers.__version__} has no HRM-Text class of its own: no baseline to measure")
+        implementations.remove(LIBRARY)
+    try:
+        if args.transformers_src:
+            tests = checkout_tests(args.transformers_src)
+        else:
+            tests = fetch_tests(transformers.__version__, args.cache)
+        with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(args.jobs) as pool:
+            standins = assemble(tests, Path(home))
+            runs = [(variant, name) for variant in args.variants for name in implementations]
+            waiting = {run: pool.submit(run_case, Path(home), run[1], run[0], args) for run in runs}
+            results: dict = {variant: {} for variant in args.variants}
+            for (variant, name), future in tqdm(waiting.items(), unit="run", disable=None):
+                outcomes, printed = future.result()
+                results[variant][name] = {outcome.test: outcome for outcome in outcomes}
+                if args.verbose:
+                    print(printed)
+    except (RuntimeError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(render(transformers.__version__, [str(standin) for standin in standins], results))
+    if args.json:
+        plain = {v: {i: [vars(o) for o in tests.values()] for i, tests in by.items()} for v, by in results.items()}
+        args.json.write_text(json.dumps({"transformers": transformers.__version__, "results": plain}, indent=1))
+    return 0 if succeeded(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
