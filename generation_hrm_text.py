@@ -263,11 +263,13 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                 "leave the assistant out."
             )
         assistant = kwargs.get("assistant_model")
-        if assistant is not None:
-            tokenizers = (kwargs.get("target_tokenizer"), kwargs.get("assistant_tokenizer"))
-            if all(tokenizer is not None for tokenizer in tokenizers) or not _takes_layout(assistant):
-                # Drafts of another vocabulary or architecture: the layout says nothing to them.
-                model_kwargs = {key: value for key, value in model_kwargs.items() if key != "prompt_token_types"}
+        tokenizers = (kwargs.get("target_tokenizer"), kwargs.get("assistant_tokenizer"))
+        if assistant is not None and not _takes_layout(assistant):
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "prompt_token_types"}
+        elif assistant is not None and all(tokenizer is not None for tokenizer in tokenizers):
+            # Another vocabulary: the prompt reaches the assistant as plain text, without its envelope.
+            nothing = torch.zeros(1, 0, dtype=torch.long, device=input_ids.device)
+            model_kwargs = {**model_kwargs, "prompt_token_types": nothing}
         return super()._get_candidate_generator(
             generation_config, input_ids, *args, **{**kwargs, "model_kwargs": model_kwargs}
         )

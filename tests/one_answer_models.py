@@ -8,7 +8,7 @@ from .tiny import tiny_model
 
 
 def one_answer_model(seed: int = 0, **overrides: Any) -> Any:
-    """A tiny model (four attention calls) that generates to the full length, so that the answers of all modes can be compared."""
+    """A tiny model of four attention calls that never stops early, so that the answers of all modes compare."""
     model = tiny_model(seed, **{"num_layers_per_stack": 1, "L_cycles": 1, **overrides})
     model.generation_config.eos_token_id = None
     return model
