@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .harness import CONVERSATION, ONE_BLOCK, deviation, generated, is_greedy, padded
+from .harness import CAUSAL, CONVERSATION, ONE_BLOCK, deviation, generated, is_greedy, padded
 from .one_answer_models import one_answer_model
 
 
@@ -46,9 +46,7 @@ ASSISTANTS = {
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize(
-    "rows", [ONE_BLOCK, CONVERSATION, [make_row((0, 6))]], ids=["block", "conversation", "causal"]
-)
+@pytest.mark.parametrize("rows", [ONE_BLOCK, CONVERSATION, CAUSAL], ids=["block", "conversation", "causal"])
 @pytest.mark.parametrize("assistant", ASSISTANTS)
 def test_assistant(model, assistant, rows, do_sample):
     answers = generated(
