@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from .flash_hrm_text import FlashPlan, flash_attend, plan_flash
-from .layout_hrm_text import TokenLayout, infer_token_type_ids, values_are_readable
+from .layout_hrm_text import TokenLayout, infer_token_type_ids, read_layout, values_are_readable
+from .versions_hrm_text import flash_kernel, is_flash, static_capacity
+
+
+logger = logging.get_logger(__name__)
 
 
 FLASH = "flash"
@@ -52,6 +57,93 @@ class AttentionPlan:
         if self.block_mask is not None:
             moved["block_mask"] = self.block_mask.to(device)
         return replace(self, **moved)
+
+
+# ---- from the arguments of a call to a plan -------------------------------------------------------------------------
+
+
+def prepare_attention(
+    config: Any,
+    shape: tuple[int, int],
+    device: torch.device,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+    cache: Any = None,
+    cache_position: torch.Tensor | None = None,
+    trusted: bool = False,
+    needs_weights: bool = False,
+    static_shapes: bool = False,
+) -> tuple[AttentionPlan, torch.Tensor]:
+    """From the arguments of a forward pass to its plan.
+
+    Args:
+        config: the model's config.
+        shape: rows and new tokens.
+        device: where the tokens are.
+        attention_mask: 2-D, or a whole 4-D mask [batch, 1, queries, keys] (bool, or added to the scores), which
+            decides alone.
+        needs_weights: whether the attention weights are asked for, which only the eager backend gives.
+        static_shapes: as of `plan_attention`. The other arguments are those of `read_layout`.
+
+    Returns:
+        The plan, and position_ids [batch or 1, new tokens].
+
+    Raises:
+        ValueError: arguments that do not fit, or an attention implementation that cannot be served.
+    """
+    backend = _choose_backend(config, needs_weights)
+    whole_mask = None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if token_type_ids is not None:
+            raise ValueError(
+                "a 4-D `attention_mask` and `token_type_ids` were given, and both say who sees whom: give a 2-D "
+                "`attention_mask` with `token_type_ids`, or the 4-D mask alone."
+            )
+        whole_mask, attention_mask, trusted = attention_mask, None, True
+    layout, position_ids = read_layout(
+        config,
+        *shape,
+        device,
+        input_ids,
+        attention_mask,
+        position_ids,
+        token_type_ids,
+        cache,
+        cache_position,
+        trusted,
+    )
+    if whole_mask is not None:
+        return _plan_whole_mask(whole_mask, backend, layout), position_ids
+    kernel = flash_kernel(config._attn_implementation) if backend == FLASH else None
+    plan = plan_attention(layout, backend, *shape, static_capacity(cache), device, kernel, static_shapes)
+    return plan, position_ids
+
+
+def _choose_backend(config: Any, needs_weights: bool) -> str:
+    name = config._attn_implementation or "sdpa"
+    if needs_weights and name != "eager":
+        logger.warning_once("`output_attentions=True` needs the weights: this call runs the eager attention.")
+        return "eager"
+    if is_flash(name):
+        return FLASH
+    if name not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"the attention implementation {name!r} is not one that HRM-Text knows how to give prefix blocks to: "
+            "use 'sdpa', 'eager', 'flex_attention' or a flash attention through `model.set_attn_implementation`."
+        )
+    return name
+
+
+def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> AttentionPlan:
+    """A plan that follows a caller's 4-D mask, bool (True sees) or additive."""
+    if backend not in ("eager", "sdpa"):
+        raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    # Rows that see nothing are padding; they may see anything, since nothing sees them.
+    visible = visible | ~visible.any(dim=-1, keepdim=True)
+    return AttentionPlan(backend, mask=visible, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
 
 
 # ---- from a layout to a plan -------------------------------------------------------------------------------------
@@ -329,4 +421,4 @@ def _eager(
     return (weights @ value).transpose(1, 2), weights
 
 
-__all__ = ["AttentionPlan", "attend", "infer_token_type_ids", "plan_attention", "visibility"]
+__all__ = ["AttentionPlan", "attend", "infer_token_type_ids", "plan_attention", "prepare_attention", "visibility"]

@@ -31,17 +31,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .attention_hrm_text import AttentionPlan, attend, plan_attention
+from .attention_hrm_text import AttentionPlan, attend, prepare_attention
 from .cache_hrm_text import HrmTextCache, OneSlot
 from .configuration_hrm_text import HrmTextConfig
 from .decoding_hrm_text import StaticDecoder  # noqa: F401
 from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.16 copies what the entry module imports)
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer
-from .layout_hrm_text import TokenLayout, read_layout
+from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin
 from .packed_hrm_text import PackedLinear  # noqa: F401
-from .versions_hrm_text import flash_kernel, is_flash, static_capacity, tied_weights_keys
+from .versions_hrm_text import static_capacity, tied_weights_keys
 
 
 logger = logging.get_logger(__name__)
@@ -375,21 +375,25 @@ class HrmTextModel(HrmTextPreTrainedModel):
         batch, tokens, _ = inputs_embeds.shape
         # Not in the signature: only transformers 4 and 5.0 pass it, and later versions would, if it were named.
         cache_position = kwargs.get("cache_position")
-        plan, position_ids = self._plan(
+        plan, position_ids = prepare_attention(
+            self.config,
             (batch, tokens),
             inputs_embeds.device,
-            input_ids,
-            attention_mask,
-            position_ids,
-            token_type_ids,
-            past_key_values,
-            cache_position,
-            trusted_layout,
-            output_attentions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            cache=past_key_values,
+            cache_position=cache_position,
+            trusted=trusted_layout,
+            needs_weights=bool(output_attentions),
+            static_shapes=self.L_module.compile_options is not None and tokens == 1,
         )
         cache_kwargs = None
         if static_capacity(past_key_values) is not None:
-            cache_kwargs = {"cache_position": _cache_positions(past_key_values, cache_position, tokens)}
+            if cache_position is None:
+                cache_position = torch.arange(tokens) + past_key_values.get_seq_length()
+            cache_kwargs = {"cache_position": cache_position}
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         recorder = (
             _Recorder(output_hidden_states, output_attentions) if output_hidden_states or output_attentions else None
@@ -442,61 +446,6 @@ class HrmTextModel(HrmTextPreTrainedModel):
             return False
         return bool(use_cache)
 
-    def _plan(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        past_key_values: Any,
-        cache_position: torch.Tensor | None,
-        trusted_layout: bool,
-        output_attentions: bool,
-    ) -> tuple[AttentionPlan, torch.Tensor]:
-        backend = self._attention_backend(output_attentions)
-        whole_mask = None
-        if attention_mask is not None and attention_mask.dim() == 4:
-            if token_type_ids is not None:
-                raise ValueError(
-                    "a 4-D `attention_mask` and `token_type_ids` were given, and both say who sees whom: give a 2-D "
-                    "`attention_mask` with `token_type_ids`, or the 4-D mask alone."
-                )
-            whole_mask, attention_mask, trusted_layout = attention_mask, None, True
-        layout, position_ids = read_layout(
-            self.config,
-            *shape,
-            device,
-            input_ids,
-            attention_mask,
-            position_ids,
-            token_type_ids,
-            past_key_values,
-            cache_position,
-            trusted_layout,
-        )
-        if whole_mask is not None:
-            return _plan_whole_mask(whole_mask, backend, layout), position_ids
-        kernel = flash_kernel(self.config._attn_implementation) if backend == "flash" else None
-        capacity = static_capacity(past_key_values)
-        static_shapes = self.L_module.compile_options is not None and shape[1] == 1
-        return plan_attention(layout, backend, *shape, capacity, device, kernel, static_shapes), position_ids
-
-    def _attention_backend(self, output_attentions: bool) -> str:
-        name = self.config._attn_implementation or "sdpa"
-        if output_attentions and name != "eager":
-            logger.warning_once("`output_attentions=True` needs the weights: this call runs the eager attention.")
-            return "eager"
-        if is_flash(name):
-            return "flash"
-        if name not in ("eager", "sdpa", "flex_attention"):
-            raise ValueError(
-                f"the attention implementation {name!r} is not one that HRM-Text knows how to give prefix blocks to: "
-                "use 'sdpa', 'eager', 'flex_attention' or a flash attention through `model.set_attn_implementation`."
-            )
-        return name
-
 
 def _carry_gradient(inputs: torch.Tensor) -> torch.Tensor:
     """Makes the input of a call that carries gradient require it, even where everything before it carried none.
@@ -506,23 +455,6 @@ def _carry_gradient(inputs: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and not inputs.requires_grad:
         return inputs.requires_grad_()
     return inputs
-
-
-def _cache_positions(cache: Any, cache_position: torch.Tensor | None, tokens: int) -> torch.Tensor:
-    """int64 [tokens]: where the static caches of transformers 4 write; later versions count for themselves."""
-    if cache_position is not None:
-        return cache_position
-    return torch.arange(tokens) + cache.get_seq_length()
-
-
-def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> AttentionPlan:
-    """A plan that follows a caller's 4-D mask, bool (True sees) or additive."""
-    if backend not in ("eager", "sdpa"):
-        raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    # Rows that see nothing are padding; they may see anything, since nothing sees them.
-    visible = visible | ~visible.any(dim=-1, keepdim=True)
-    return AttentionPlan(backend, mask=visible, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
 
 
 class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
