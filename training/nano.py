@@ -1,0 +1,218 @@
+"""Trains HRM-Text-Nano, the small model in the root of this repository.
+
+    python -m training.nano --output DIR
+
+Everything is made here and seeded: questions (nano_tasks.py), tokenizer and weights. After an interruption the same
+command goes on from the last checkpoint.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from .data import Example, PrefixLMCollator, bucket, join, plain_ids
+from .hub_folder import load_class, save_folder
+from .nano_tasks import CONDITIONS, Question, draw, questions, tokenizer_corpus
+from .plots import plot_curves
+from .tokenizer import train_tokenizer
+from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
+
+
+VOCABULARY = 665
+HIDDEN = 128
+TOKENS_PER_STEP = 2048
+STEPS = 8000
+# Share of the questions: the larger, the more a task has to learn.
+WEIGHTS = {
+    "addition": 4,
+    "subtraction": 4,
+    "multiplication": 2,
+    "comparison": 1,
+    "sorting": 1,
+    "reversal": 1.5,
+    "letters": 1.5,
+    "story": 2,
+}
+# Steps are easier to learn than a result at one go, and more than twice as long.
+DIRECT_SHARE = 0.7
+RECIPE = Recipe(
+    learning_rate=5e-3,
+    warmup_steps=100,
+    optimizer="muon",
+    decay_from=0.6,
+    floor=0.02,
+    weight_decay=0.1,
+    average=0.998,
+    gradient_warmup=0.2,
+)
+LOGGING_STEPS = 50
+PROBE_STEPS = 500
+SAVE_STEPS = 200
+
+
+def make_config() -> Any:
+    """Nano's `HrmTextConfig`."""
+    return load_class("configuration_hrm_text.HrmTextConfig")(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=256,
+        num_layers_per_stack=2,
+        num_attention_heads=4,
+        H_cycles=2,
+        L_cycles=3,
+        max_position_embeddings=1024,
+        initializer_range=1 / math.sqrt(HIDDEN),
+        prefix_end_token_id=7,
+        bos_token_id=6,
+        eos_token_id=11,
+        pad_token_id=5,
+        dtype="float32",
+    )
+
+
+def make_tokenizer() -> Any:
+    """Nano's `HrmTextTokenizer`."""
+    tokenizer = train_tokenizer(tokenizer_corpus(), VOCABULARY)
+    return load_class("tokenization_hrm_text.HrmTextTokenizer")(tokenizer_object=tokenizer)
+
+
+class QuestionGroups(IterableDataset):
+    """Training questions without end, in groups of similar length that make one step each.
+
+    Args:
+        tokenizer: Nano's.
+        seed: the same seed gives the same groups in the same order.
+        pool: questions that are drawn and sorted by length at a time.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int, pool: int = 4096):
+        self.tokenizer, self.seed, self.pool = tokenizer, seed, pool
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        rng = Random(self.seed)
+        stream = questions(self.seed, held_out=False, tasks=list(WEIGHTS), weights=list(WEIGHTS.values()))
+        direct, cot = CONDITIONS
+        while True:
+            drawn: dict[str, list[Question]] = {direct: [], cot: []}
+            for question in islice(stream, self.pool):
+                drawn[direct if rng.random() < DIRECT_SHARE else cot].append(question)
+            examples = [
+                example for condition, asked in drawn.items() for example in encode(asked, condition, self.tokenizer)
+            ]
+            yield from bucket(examples, TOKENS_PER_STEP, rng)
+
+
+def encode(asked: list[Question], condition: str, tokenizer: Any) -> list[Example]:
+    """Questions and their answers under a condition, as examples."""
+    prompts = tokenizer.encode_prompt([question.instruction for question in asked], condition)["input_ids"]
+    responses = plain_ids(tokenizer, [question.response(condition) for question in asked])
+    return [join(prompt, response, tokenizer.eos_token_id) for prompt, response in zip(prompts, responses)]
+
+
+class Probe(TrainerCallback):
+    """Logs the share of held-out questions that the average weights answer without a mistake.
+
+    All tokens of an answer are judged at once, each after the right ones before it: where every one of them is the
+    most likely, greedy decoding writes exactly this answer.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int, count: int = 40):
+        rng = Random(seed)
+        self.collator = PrefixLMCollator(tokenizer.pad_token_id)
+        self.batches = {
+            (task, condition): self.collator(
+                encode([draw(task, rng, held_out=True) for _ in range(count)], condition, tokenizer)
+            )
+            for task in WEIGHTS
+            for condition in CONDITIONS
+        }
+        self.trainer: HrmTextTrainer | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step % PROBE_STEPS and state.global_step != state.max_steps:
+            return
+        right = {}
+        with self.trainer.average.applied(model), torch.no_grad():
+            for (task, condition), batch in self.batches.items():
+                inputs = {name: values for name, values in batch.items() if name != "labels"}
+                written = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
+                wanted = batch["labels"][:, 1:]
+                right[f"{task}/{condition}"] = ((written == wanted) | (wanted == -100)).all(1).float().mean().item()
+        self.trainer.log(right)
+
+
+def train(work: Path, steps: int, seed: int) -> tuple[HrmTextTrainer, Any]:
+    """Trains, or goes on with training, in a work folder; returns the trainer, average weights in place."""
+    set_seed(seed)
+    tokenizer = make_tokenizer()
+    model = load_class("modeling_hrm_text.HrmTextForCausalLM")(make_config())
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {steps} steps", flush=True)
+    resume = last_checkpoint(work)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        logging_steps=LOGGING_STEPS,
+        save_steps=SAVE_STEPS,
+        save_total_limit=3,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+        use_cpu=True,
+        seed=seed,
+        report_to=[],
+    )
+    probe = Probe(tokenizer, seed + 1)
+    trainer = HrmTextTrainer(
+        model,
+        arguments,
+        RECIPE,
+        QuestionGroups(tokenizer, seed),
+        PrefixLMCollator(tokenizer.pad_token_id),
+        resume=resume,
+        callbacks=[],
+    )
+    probe.trainer = trainer
+    trainer.add_callback(probe)
+    trainer.run()
+    trainer.average.swap(model)
+    return trainer, tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.nano",
+        description="Train HRM-Text-Nano from scratch, on a CPU.",
+        epilog="example: python -m training.nano --output nano    (the same again goes on after an interruption)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the model, ready to load")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and log (default OUTPUT-training)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of questions and weights (default %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: give at least 1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = options.output.resolve()
+    work = options.work or output.with_name(output.name + "-training")
+    trainer, tokenizer = train(work, options.steps, options.seed)
+    save_folder(trainer.model, tokenizer, output)
+    plot_curves(read_log(work / LOG_FILE), work / "curves.png")
+    print(f"{output}: the model; {work}: log and curves")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
