@@ -296,6 +296,16 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         raise ValueError(_NO_CONTINUOUS_BATCHING)
 
 
+def refuse_paged_call(arguments: dict[str, Any]) -> None:
+    """Refuses a forward call by the continuous batching of transformers, given the arguments that forward names not.
+
+    Raises:
+        ValueError: a paged cache is among them.
+    """
+    if arguments.get("cache") is not None or arguments.get("read_index") is not None:
+        raise ValueError(_NO_CONTINUOUS_BATCHING)
+
+
 def choose_cuts(
     types: torch.Tensor | None, mask: torch.Tensor | None, start: int, total: int, chunk_size: int
 ) -> list[int]:
@@ -419,4 +429,4 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-__all__ = ["HrmTextGenerationMixin", "choose_cuts"]
+__all__ = ["HrmTextGenerationMixin", "choose_cuts", "refuse_paged_call"]

@@ -36,7 +36,7 @@ from .cache_hrm_text import HrmTextCache, OneSlot
 from .configuration_hrm_text import HrmTextConfig
 from .decoding_hrm_text import StaticDecoder  # noqa: F401
 from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.16 copies what the entry module imports)
-from .generation_hrm_text import HrmTextGenerationMixin
+from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin
@@ -361,6 +361,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         Raises:
             ValueError: arguments that do not fit, or a prefix block that would be split over two calls.
         """
+        refuse_paged_call(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -392,7 +393,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         cache_kwargs = None
         if static_capacity(past_key_values) is not None:
             if cache_position is None:
-                cache_position = torch.arange(tokens) + past_key_values.get_seq_length()
+                cache_position = torch.arange(tokens, device=inputs_embeds.device) + past_key_values.get_seq_length()
             cache_kwargs = {"cache_position": cache_position}
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         recorder = (
@@ -512,6 +513,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
             logits = self._decoder.step(self, *step)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        refuse_paged_call(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
