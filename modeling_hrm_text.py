@@ -367,7 +367,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        use_cache = self._decide_use_cache(use_cache)
+        use_cache = self._decide_use_cache(use_cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -440,10 +440,16 @@ class HrmTextModel(HrmTextPreTrainedModel):
             slot += layers
         return z_H
 
-    def _decide_use_cache(self, use_cache: bool | None) -> bool:
+    def _decide_use_cache(self, use_cache: bool | None, past_key_values: Any) -> bool:
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and self.L_module.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is returned.")
+        if self.L_module.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` were given while training with gradient checkpointing, whose second pass would "
+                    "write the cache again: leave them out, or call `model.gradient_checkpointing_disable()`."
+                )
+            if use_cache:
+                logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is returned.")
             return False
         return bool(use_cache)
 

@@ -89,3 +89,13 @@ def test_config_decides_and_is_reread():
     assert tiny_model(L_bp_cycles=[0, 1]).gradient_steps == 3
     assert tiny_model(bp_steps=2).gradient_steps == 2
     assert tiny_model(H_cycles=1, L_cycles=1).gradient_steps == 2
+
+
+def test_no_live_cache_under_checkpointing():
+    model = tiny_model().train()
+    ids, _ = case()
+    cache = model(ids[:, :4]).past_key_values
+    model.gradient_checkpointing_enable()
+    assert model(ids).past_key_values is None
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(ids[:, 4:], past_key_values=cache)
