@@ -100,6 +100,8 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
         ConversionError: the index is missing, damaged, asks for code, or describes impossible tensors.
     """
     path = inside(folder, ".metadata", folder)
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path} is no plain file: put the file itself there")
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise ConversionError(f"{path}: an index of more than 256 MiB is not one; copy the checkpoint again")

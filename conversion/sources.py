@@ -16,10 +16,15 @@ from .errors import ConversionError
 from .layout import TensorSpec, group_names, measure
 from .paths import inside
 from .tokenizer import find_tokenizer, special_token_ids
+from .writer import tensor_bytes
 
 
 MAX_TEXT_BYTES = 64 * 2**20
 _TRAINING_NAME = re.compile(r"model\.([HL])_level\.core\.layers\.(\d+)\.(.+)")
+_TRAINING_OUTER_NAMES = {
+    "model.zL_init": "model.z_L_init",
+    "embed_tokens.embedding_weight": "model.embed_tokens.weight",
+}
 # Written by older training code and unused by the model.
 _UNUSED = re.compile(r"model\.zH_init|model\.[HL]_level\.core\.rotary_emb\..*")
 _SAFETENSORS_DTYPES = {
@@ -43,7 +48,6 @@ class Source:
     """An opened checkpoint. Opening reads headers only; `read` reads one tensor of the published layout."""
 
     path: Path
-    kind: str
     config: dict[str, Any]
     specs: dict[str, TensorSpec]
     provenance: dict[str, str]
@@ -131,7 +135,6 @@ class _TrainingCheckpoint(Source):
         )
         opened = cls(
             path=path,
-            kind="training checkpoint",
             config=config,
             specs=specs,
             provenance={
@@ -158,12 +161,14 @@ class _ModelFolder(Source):
     def open(cls, path: Path, tokenizer: Path | None, label: str) -> "_ModelFolder":
         files = _weight_files(path)
         stored: dict[str, TensorSpec] = {}
-        file_of: dict[str, Path] = {}
+        place_of: dict[str, tuple[Path, int]] = {}
         for file in dict.fromkeys(files.values()) if isinstance(files, dict) else files:
-            for name, spec in _header(file).items():
+            for name, (spec, start) in _header(file).items():
                 if isinstance(files, dict) and files.get(name) != file:
-                    raise ConversionError(f"{file} holds {name}, which the index does not place there")
-                stored[name], file_of[name] = spec, file
+                    raise ConversionError(
+                        f"{file} holds {name}, which the index does not place there: download it again"
+                    )
+                stored[name], place_of[name] = spec, (file, start)
         if isinstance(files, dict):
             for name, file in files.items():
                 if name not in stored:
@@ -180,7 +185,6 @@ class _ModelFolder(Source):
         generation = path / "generation_config.json"
         opened = cls(
             path=path,
-            kind="Hugging Face folder",
             config=config,
             specs=specs,
             provenance={
@@ -192,52 +196,57 @@ class _ModelFolder(Source):
             tokenizer=found,
             generation=read_json(path, generation.name) if generation.exists() else {},
         )
-        opened._files, opened._groups = file_of, groups
+        opened._places, opened._groups = place_of, groups
         return opened
 
     def read(self, name: str) -> torch.Tensor:
-        parts = []
-        for member in self._groups[name]:
+        # Read, not mapped: a disk that fails under a map kills the process, and mapped pages count as its memory.
+        whole = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        members = self._groups[name]
+        for member, part in zip(members, whole.chunk(len(members)), strict=True):
+            path, start = self._places[member]
             try:
-                # Opened anew for each tensor, so that the pages of the last one are given back.
-                with safe_open(self._files[member], framework="pt", device="cpu") as file:
-                    parts.append(file.get_tensor(member))
-            except (OSError, SafetensorError) as error:
-                raise ConversionError(f"{self._files[member]} is damaged ({error}): download it again") from None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    read = file.readinto(tensor_bytes(part))
+            except OSError as error:
+                raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk") from None
+            if read != part.nbytes:
+                raise ConversionError(f"{path} became shorter while it was read: download it again")
+        return whole
 
 
 def _training_keys(index: dict[str, distcp.IndexedTensor], weights: str, folder: Path) -> dict[str, str]:
     """Published name to the name in the distributed checkpoint: of the average, where there is to be one."""
-    keys = {}
+    names = {}
     for key in index:
-        if not key.startswith("model."):
-            continue
         name = key.removeprefix("model.")
-        if _UNUSED.fullmatch(name):
+        if name == key or _UNUSED.fullmatch(name):
             continue
         if match := _TRAINING_NAME.fullmatch(name):
             published = f"model.{match[1]}_module.layers.{match[2]}.{match[3]}"
         else:
-            published = {
-                "model.zL_init": "model.z_L_init",
-                "embed_tokens.embedding_weight": "model.embed_tokens.weight",
-                "lm_head.weight": "lm_head.weight",
-            }.get(name, name)
-        average = f"optim.state.{name}.param_ema"
-        if weights == "ema" and name != "model.zL_init":  # a buffer, which the optimizer does not average
-            if average not in index:
-                raise ConversionError(f"{folder / '.metadata'} has no average of {name}: pass --weights raw")
-            if index[average].spec.shape != index[key].spec.shape:
-                raise ConversionError(f"{folder / '.metadata'}: {name} and its average differ in shape")
-            key = average
-        keys[published] = key
-    if not keys:
+            published = _TRAINING_OUTER_NAMES.get(name, name)
+        names[published] = name
+    if not names:
         raise ConversionError(f"{folder / '.metadata'} lists no model tensors: is it an HRM-Text checkpoint?")
-    groups = group_names(keys, str(folder))
-    split = [name for name, members in groups.items() if members != (name,)]
-    if split:
-        raise ConversionError(f"{folder}: {split[0]} is split, which no training checkpoint is")
+    for published, members in group_names(names, str(folder)).items():
+        if members != (published,):
+            raise ConversionError(f"{folder}: {published} is split, which no training checkpoint is")
+    if weights == "raw":
+        return {published: f"model.{name}" for published, name in names.items()}
+
+    keys = {}
+    for published, name in names.items():
+        raw, average = f"model.{name}", f"optim.state.{name}.param_ema"
+        if published == "model.z_L_init":  # a buffer, which the optimizer does not average
+            keys[published] = raw
+            continue
+        if average not in index:
+            raise ConversionError(f"{folder / '.metadata'} has no average of {name}: pass --weights raw")
+        if index[average].spec.shape != index[raw].spec.shape:
+            raise ConversionError(f"{folder / '.metadata'}: {name} and its average differ in shape; copy it again")
+        keys[published] = average
     return keys
 
 
@@ -257,28 +266,37 @@ def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
             if not file.is_file():
                 raise ConversionError(f"{file} is missing, and {index_path.name} names it: download it")
         return files
-    single = path / "model.safetensors"
-    if single.exists():
-        return [inside(path, single.name, path)]
+    single = inside(path, "model.safetensors", path)
+    if single.is_file():
+        return [single]
     if any(path.glob("pytorch_model*.bin")):
         raise ConversionError(f"{path} holds pickled weights only: save it with safe_serialization=True first")
     raise ConversionError(f"{path} has no model.safetensors: download the weights")
 
 
-def _header(file: Path) -> dict[str, TensorSpec]:
-    specs = {}
+def _header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """Spec and offset of each tensor in a safetensors file, whose header the library has checked."""
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            names = opened.keys()
-            for name in names:
-                piece = opened.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
-                if dtype is None:
-                    raise ConversionError(f"{file}: {name} is {piece.get_dtype()}; convert it before quantization")
-                specs[name] = TensorSpec(tuple(piece.get_shape()), dtype)
+        with safe_open(file, framework="pt", device="cpu"):
+            pass
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        size = file.stat().st_size
     except (OSError, SafetensorError, OverflowError, MemoryError, ValueError) as error:
         raise ConversionError(f"{file} is damaged or no safetensors file ({error}): download it again") from None
-    return specs
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ConversionError(f"{file}: {name} is {entry['dtype']}; convert the checkpoint before quantization")
+        spec, start = TensorSpec(tuple(entry["shape"]), dtype), 8 + length + entry["data_offsets"][0]
+        if start + spec.nbytes > size:
+            raise ConversionError(f"{file} is truncated at {name}: download it again")
+        tensors[name] = spec, start
+    return tensors
 
 
 def _joined(name: str, members: tuple[str, ...], stored: dict[str, TensorSpec], path: Path) -> TensorSpec:
@@ -315,6 +333,8 @@ def read_text(folder: Path, name: str) -> str:
         ConversionError: it is missing, unreadable, too large or not UTF-8.
     """
     path = inside(folder, name, folder)
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path} is no plain file: put the file itself there")
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise ConversionError(f"{path} is larger than {MAX_TEXT_BYTES // 2**20} MiB: it is not what it should be")
