@@ -1,42 +1,46 @@
-"""The folder that a trained model is written to: loadable with `trust_remote_code=True`, offline, by anyone."""
+"""Model folders: this repository's classes as remote code, and what makes a folder complete."""
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from conversion.output import AUTO_CLASSES
+
 
 ROOT = Path(__file__).resolve().parent.parent
-AUTO_CLASSES = {
-    "configuration_hrm_text.HrmTextConfig": "AutoConfig",
-    "modeling_hrm_text.HrmTextForCausalLM": "AutoModelForCausalLM",
-    "tokenization_hrm_text.HrmTextTokenizer": "AutoTokenizer",
-}
 
 
 @cache
 def load_class(reference: str) -> Any:
-    """The class `module.Class` of this repository, as remote code, so that saving it takes its module along."""
-    loaded = get_class_from_dynamic_module(reference, str(ROOT))
-    loaded.register_for_auto_class(AUTO_CLASSES[reference])
-    return loaded
+    """The class `module.Class` of this repository, as `trust_remote_code=True` would load it."""
+    return get_class_from_dynamic_module(reference, str(ROOT))
 
 
-def save_folder(model: torch.nn.Module, tokenizer: Any, folder: str | Path) -> None:
-    """Writes weights, config, generation settings, tokenizer and the modules that they need.
+def save_nano(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Writes weights, config, generation settings and tokenizer, and beside them the modules that load them.
 
     Args:
-        model: an HRM-Text whose class came from a model folder or from `load_class`.
-        tokenizer: an `HrmTextTokenizer`.
-        folder: made if it does not exist; files of the same names are replaced.
+        model: an HRM-Text from `load_class`.
+        tokenizer: an `HrmTextTokenizer` from `load_class`.
+        folder: made if it does not exist; files of the same names are replaced. The root of the repository, which
+            holds the modules, gets the model's own four files only.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for module in ROOT.glob("*_hrm_text.py"):
-        if not (folder / module.name).exists():
-            shutil.copy(module, folder / module.name)
+    with TemporaryDirectory(dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        path = Path(temporary, "config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["auto_map"] = AUTO_CLASSES
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+            shutil.copyfile(Path(temporary, name), folder / name)
+    if folder.resolve() != ROOT:
+        for source in (*ROOT.glob("*_hrm_text.py"), ROOT / "tokenizer_config.json", ROOT / "chat_template.jinja"):
+            shutil.copyfile(source, folder / source.name)

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from .data import Example, PrefixLMCollator, bucket, join, plain_ids
-from .hub_folder import load_class, save_folder
+from .hub_folder import load_class, save_nano
 from .nano_tasks import CONDITIONS, Question, draw, questions, tokenizer_corpus
 from .plots import plot_curves
 from .tokenizer import train_tokenizer
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output.resolve()
     work = options.work or output.with_name(output.name + "-training")
     trainer, tokenizer = train(work, options.steps, options.seed)
-    save_folder(trainer.model, tokenizer, output)
+    save_nano(trainer.model, tokenizer, output)
     plot_curves(read_log(work / LOG_FILE), work / "curves.png")
     print(f"{output}: the model; {work}: log and curves")
     return 0

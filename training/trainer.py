@@ -128,6 +128,11 @@ class Log(TrainerCallback):
         self.cpu_started = time.process_time() - (kept[-1]["cpu_seconds"] if kept else 0.0)
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log |= state.global_step == state.max_steps
+
     def on_log(
         self,
         args: TrainingArguments,
