@@ -275,7 +275,8 @@ def _key_axis(values: torch.Tensor, layout: TokenLayout, keys: int, fill: int) -
 def visibility(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """The dense mask, bool [batch or 1, 1, queries, keys], True where the query sees the key.
 
-    Reads no values. A padded query sees itself alone, so that its softmax stays finite.
+    Reads no values. A padded query sees every real key of its row, or all keys where there is none: so its softmax
+    stays finite, and what comes out at padding does not depend on the rest of the batch.
     """
     rule = visibility_rule(layout, batch, queries, keys, device)
     rows = torch.arange(batch, device=device)[:, None, None]
@@ -297,13 +298,15 @@ def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, de
     key_block = _key_axis(block, layout, keys, -1) if block is not None else None
     key_sequence = _key_axis(sequence, layout, keys, 0) if sequence is not None else None
     real = layout.real.expand(batch, -1) if layout.real is not None else None
-    key_visible = None
+    key_visible = filler = None
     if real is not None or layout.past_visible is not None:
         new = real if real is not None else torch.ones(batch, queries, dtype=torch.bool, device=device)
         key_visible = _key_axis(new.long(), layout, keys, 1).bool()
         if layout.past_visible is not None:
             hidden = ~layout.past_visible[:, :keys].expand(batch, -1)
             key_visible = key_visible & ~F.pad(hidden, (0, keys - hidden.shape[1]))
+        filler = key_visible & (torch.arange(keys, device=device) < past + queries)
+        filler = filler | ~filler.any(dim=1, keepdim=True)
 
     def sees(row, query, key):
         at = query + past
@@ -315,7 +318,7 @@ def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, de
         if key_visible is not None:
             visible = visible & key_visible[row, key]
         if real is not None:
-            visible = visible | (~real[row, query] & (key == at))
+            visible = (visible & real[row, query]) | (filler[row, key] & ~real[row, query])
         return visible
 
     return sees

@@ -115,8 +115,8 @@ def refuse_tensor_parallelism(arguments: dict[str, Any]) -> None:
     asked = next((name for name in ("tp_plan", "tp_size") if arguments.get(name) is not None), None)
     if asked is not None and tensor_parallel_plan() is None:
         raise ValueError(
-            f"`{asked}` was given, but transformers {transformers.__version__} cannot split the four-part projection of "
-            f"this model over devices: use transformers {_TENSOR_PARALLEL_SINCE} or newer, or `device_map='auto'`."
+            f"`{asked}` was given, but transformers {transformers.__version__} cannot split the four-part projection "
+            f"of this model over devices: use transformers {_TENSOR_PARALLEL_SINCE} or newer, or `device_map='auto'`."
         )
 
 
@@ -149,6 +149,19 @@ class VersionedGenerationMixin(GenerationMixin):
     live cache may be continued with the new tokens alone, and given `position_ids` grow with the text (only 5 does
     either).
     """
+
+    def _prepare_generation_config(
+        self, generation_config: Any, use_model_defaults: bool | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        prepared = super()._prepare_generation_config(generation_config, use_model_defaults=use_model_defaults, **kwargs)
+        if use_model_defaults and generation_config is not None and not is_version_5():
+            # A pipeline brings settings of its own, to be used where the model has none. Transformers 4 takes a value
+            # that the model sets to the library's default, as greedy decoding is, for none: the pipeline would sample.
+            for name in ("do_sample", "temperature", "max_new_tokens"):
+                value = getattr(self.generation_config, name)
+                if name not in kwargs and value is not None:
+                    setattr(prepared[0], name, value)
+        return prepared
 
     def prefill_leading_chunks(self, tokens: torch.Tensor, model_kwargs: dict[str, Any], chunk_size: int) -> int:
         """Runs all chunks of the prompt but the last into the cache; returns how many tokens the last one has."""
