@@ -548,4 +548,20 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         )
 
 
+def __getattr__(name: str) -> Any:
+    """The classification heads, which lie in a room of their own.
+
+    The import is late because they import this module, and stands here because transformers copies and saves with a
+    model the files that its module names: without it, a fine-tuned folder would lack the heads of its `auto_map`.
+    """
+    if name in ("HrmTextForSequenceClassification", "HrmTextForTokenClassification"):
+        from .heads_hrm_text import HrmTextForSequenceClassification, HrmTextForTokenClassification
+
+        return {
+            "HrmTextForSequenceClassification": HrmTextForSequenceClassification,
+            "HrmTextForTokenClassification": HrmTextForTokenClassification,
+        }[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = ["HrmTextForCausalLM", "HrmTextModel", "HrmTextPreTrainedModel"]
