@@ -192,9 +192,10 @@ def plan_attention(
             )
         return replace(plan, flash=plan_flash(layout, batch, queries, flash_kernel, device))
     if backend == "flex_attention":
-        if queries > 1:
+        # A single query has no blocks to skip, and every length of the cache would be compiled anew; and flex has no
+        # backward pass on processors.
+        if queries > 1 and not (device.type == "cpu" and torch.is_grad_enabled()):
             return replace(plan, block_mask=_flex_mask(layout, batch, queries, keys, device))
-        # A single query has no blocks to skip, and every length of the cache would be compiled anew.
         plan = replace(plan, backend="sdpa")
 
     nothing_hidden = layout.real is None and layout.past_visible is None and layout.sequence is None
