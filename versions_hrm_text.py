@@ -5,13 +5,40 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers.generation import GenerationMixin
+from transformers.utils import logging as transformers_logging
 
+
+OLDEST, NEWEST = "4.57.6", "5.23.0"
+
+
+def check_version(installed: str) -> None:
+    """Refuses a transformers that is too old, and warns once of one that is newer than any this was tested with.
+
+    Raises:
+        ImportError: older than the oldest supported release.
+    """
+    tested = f"this code was tested with transformers {OLDEST} to {NEWEST}"
+    if Version(installed) < Version(OLDEST):
+        raise ImportError(
+            f"HRM-Text needs transformers {OLDEST} or newer and {installed} is installed ({tested}): "
+            f"`pip install --upgrade 'transformers>={OLDEST}'`."
+        )
+    if Version(installed).release[:2] > Version(NEWEST).release[:2]:
+        # One name for every copy of this file that remote code loads, so that the warning comes once.
+        transformers_logging.get_logger("transformers_modules.hrm_text").warning_once(
+            f"transformers {installed} is installed, and {tested}. Should something fail, install {NEWEST}."
+        )
+
+
+check_version(transformers.__version__)
 
 try:
     from transformers import PreTrainedConfig
@@ -151,15 +178,15 @@ class VersionedGenerationMixin(GenerationMixin):
     """
 
     def _prepare_generation_config(
-        self, generation_config: Any, use_model_defaults: bool | None = None, **kwargs: Any
+        self, generation_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        prepared = super()._prepare_generation_config(generation_config, use_model_defaults=use_model_defaults, **kwargs)
-        if use_model_defaults and generation_config is not None and not is_version_5():
-            # A pipeline brings settings of its own, to be used where the model has none. Transformers 4 takes a value
-            # that the model sets to the library's default, as greedy decoding is, for none: the pipeline would sample.
+        prepared = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        if generation_config is not None and generation_config is _pipeline_defaults():
+            # The pipeline's settings are for models that have none of their own. Before 5.22 they win over ours (in 4
+            # over those that equal the library's defaults), and the pipeline samples where we decode greedily.
             for name in ("do_sample", "temperature", "max_new_tokens"):
                 value = getattr(self.generation_config, name)
-                if name not in kwargs and value is not None:
+                if name not in kwargs and (value is not None or name == "temperature"):
                     setattr(prepared[0], name, value)
         return prepared
 
@@ -252,6 +279,12 @@ class VersionedGenerationMixin(GenerationMixin):
         return super()._prefill(rest, unchunked, model_kwargs, *args, **kwargs)
 
 
+def _pipeline_defaults() -> Any:
+    """The settings that the text-generation pipeline brings along, None where nobody has imported it."""
+    module = sys.modules.get("transformers.pipelines.text_generation")
+    return module and getattr(module.TextGenerationPipeline, "_default_generation_config", None)
+
+
 def _extended_positions(position_ids: torch.Tensor, count: int) -> torch.Tensor:
     """Appends `count` positions to [rows, tokens], counting on from the last one of each row."""
     if count <= 0:
@@ -265,6 +298,7 @@ __all__ = [
     "PreTrainedConfig",
     "as_expected_tokenizer_class",
     "cached_length",
+    "check_version",
     "flash_kernel",
     "is_flash",
     "is_version_5",
