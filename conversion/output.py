@@ -27,6 +27,9 @@ AUTO_CLASSES = {
     "AutoConfig": "configuration_hrm_text.HrmTextConfig",
     "AutoModel": "modeling_hrm_text.HrmTextModel",
     "AutoModelForCausalLM": "modeling_hrm_text.HrmTextForCausalLM",
+    # `transformers serve` asks for this one first, and goes on with the library's own class where it is absent. Any
+    # causal model decides, by the logits of the labels.
+    "AutoModelForDecision": "modeling_hrm_text.HrmTextForCausalLM",
     "AutoModelForSequenceClassification": "heads_hrm_text.HrmTextForSequenceClassification",
     "AutoModelForTokenClassification": "heads_hrm_text.HrmTextForTokenClassification",
 }
