@@ -1,0 +1,1 @@
+"""Measurements of this port beside transformers' own class."""

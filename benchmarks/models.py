@@ -1,0 +1,134 @@
+"""The same random weights in our class and in transformers' own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY, OURS, OPTIMIZED, COMPILED = "library", "ours", "optimized", "optimized + compiled layer"
+
+# Fields that differ from the defaults of the config, which are the 1B's.
+SIZES: dict[str, dict[str, Any]] = {
+    "1b": {},
+    "nano": {
+        "vocab_size": 2048,
+        "hidden_size": 160,
+        "intermediate_size": 512,
+        "num_layers_per_stack": 3,
+        "num_attention_heads": 5,
+        "max_position_embeddings": 4096,
+    },
+}
+_BLOCK = 1 << 24
+
+
+def our_class(reference: str) -> Any:
+    """`module.Class` of the repository, as a user's `trust_remote_code=True` loads it."""
+    return get_class_from_dynamic_module(reference, str(ROOT))
+
+
+def config_of(size: str, **overrides: Any) -> Any:
+    """Our config of a size named in `SIZES`."""
+    return our_class("configuration_hrm_text.HrmTextConfig")(**{**SIZES[size], **overrides})
+
+
+def library_is_there() -> bool:
+    """Whether the installed transformers has the class (5.9 and later)."""
+    try:
+        import transformers.models.hrm_text  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_ours(config: Any, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
+    """Our causal LM with normal weights of standard deviation `initializer_range`, in eval mode."""
+    model = _empty(our_class("modeling_hrm_text.HrmTextForCausalLM"), config, dtype, device)
+    generator = torch.Generator().manual_seed(seed)
+    # One block of random numbers, repeated: drawing 1.2 billion would take longer than the quick run.
+    block = torch.randn(_BLOCK + 61, generator=generator).mul_(config.initializer_range).to(dtype)
+    shift = 0
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            part = flat[start : start + _BLOCK]
+            part.copy_(block[shift % 61 : shift % 61 + part.numel()])
+            shift += 7
+        if name.endswith("z_L_init"):
+            parameter.data.div_(config.initializer_range)
+    return model
+
+
+def build_library(ours: Any) -> Any:
+    """transformers' own class on the weights of our model: its parameters are views of ours, so they cost nothing."""
+    from transformers.models.hrm_text import HrmTextConfig, HrmTextForCausalLM
+
+    fields = ours.config.to_dict()
+    fields.pop("auto_map", None)
+    parameter = ours.lm_head.weight
+    model = _empty(HrmTextForCausalLM, HrmTextConfig.from_dict(fields), parameter.dtype, "meta")
+    model.model.embed_tokens.weight = ours.model.embed_tokens.weight
+    model.model.z_L_init = ours.model.z_L_init
+    model.lm_head.weight = ours.lm_head.weight
+    for stack in ("L_module", "H_module"):
+        for theirs, layer in zip(getattr(model.model, stack).layers, getattr(ours.model, stack).layers):
+            parts = layer.attn.gqkv_proj.weight.data.chunk(4)
+            for name, part in zip(("gate_proj", "q_proj", "k_proj", "v_proj"), parts):
+                getattr(theirs.self_attn, name).weight = torch.nn.Parameter(part)
+            theirs.self_attn.o_proj.weight = layer.attn.o_proj.weight
+            for name, part in zip(("gate_proj", "up_proj"), layer.mlp.gate_up_proj.weight.data.chunk(2)):
+                getattr(theirs.mlp, name).weight = torch.nn.Parameter(part)
+            theirs.mlp.down_proj.weight = layer.mlp.down_proj.weight
+    rotary = type(model.model.rotary_emb)(model.config)
+    model.model.rotary_emb = rotary.to(parameter.device)
+    return model
+
+
+def build_optimized(ours: Any, compile_layers: bool = False) -> Any:
+    """A copy of our model after `optimize_for_inference`; on CUDA it shares the weights."""
+    if ours.device.type == "cuda":
+        twin = _empty(type(ours), ours.config, ours.dtype, "meta")
+        twin.load_state_dict(ours.state_dict(), assign=True)
+        twin.model.rotary_emb = copy.deepcopy(ours.model.rotary_emb)
+    else:
+        twin = copy.deepcopy(ours)
+    return twin.optimize_for_inference(compile_layers=compile_layers)
+
+
+def _empty(cls: Any, config: Any, dtype: torch.dtype, device: str) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
+    if device != "meta":
+        model.to_empty(device=device)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    return model.eval()
+
+
+def filled_cache(variant: str, model: Any, batch: int, length: int) -> Any:
+    """A cache of the variant's default class with `length` random positions a row, without running a prefill."""
+    from transformers import DynamicCache
+
+    config = model.config
+    shape = (batch, config.num_attention_heads, length, config.head_dim)
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(shape[2:], generator=generator).to(model.device, model.dtype).expand(shape)
+    if variant == LIBRARY:
+        cache = DynamicCache(config=config)
+    else:
+        cache = our_class("cache_hrm_text.HrmTextCache")(config=config)
+    for slot in range(config.num_hidden_layers):
+        # A copy for each slot, as after a prefill: `update` of a dynamic cache keeps what it is given.
+        cache.update(block.clone(), block.clone(), slot)
+    return cache

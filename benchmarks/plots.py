@@ -1,0 +1,84 @@
+"""PNG plots of a benchmark's result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import COMPILED, LIBRARY, OPTIMIZED, OURS
+
+
+_COLOURS = {LIBRARY: "#9aa5b1", OURS: "#3f7fbf", OPTIMIZED: "#e07a2f", COMPILED: "#b5482a", "llama.cpp": "#5f9e6e"}
+_TITLES = {
+    "prefill": "Prefill of one prompt",
+    "decode": "Decoding, one step",
+    "training": "Training step",
+    "memory": "Peak memory above the weights",
+    "compile": "First compiled token",
+}
+
+
+def draw(result: dict[str, Any], output: Path) -> list[Path]:
+    """Draws one PNG for each size: bars for each case and variant, and a line at the machine's limit.
+
+    Args:
+        result: what `benchmarks.compare` writes as JSON.
+        output: path of the plots without suffix; the size is appended.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    written = []
+    rows = [row for row in result["rows"] if row.get("unit") in ("s", "bytes")]
+    for size in dict.fromkeys(row["size"] for row in rows):
+        mine = [row for row in rows if row["size"] == size]
+        sections = [name for name in _TITLES if any(row["section"] == name for row in mine)]
+        if not sections:
+            continue
+        figure, axes = plt.subplots(len(sections), 1, figsize=(9, 3.1 * len(sections)), squeeze=False)
+        for axis, section in zip(axes[:, 0], sections):
+            _bars(axis, [row for row in mine if row["section"] == section], _TITLES[section])
+        machine = result["machine"]
+        about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+        figure.suptitle(f"HRM-Text {size}: {about}\ntorch {machine['torch']}, transformers {machine['transformers']}")
+        figure.tight_layout()
+        path = output.with_name(f"{output.name}_{size}.png")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    variants = [name for name in _COLOURS if any(row["variant"] == name for row in rows)]
+    width = 0.8 / len(variants)
+    scale, unit = (1e9, "GB") if rows[0]["unit"] == "bytes" else (1, "seconds")
+    for i, variant in enumerate(variants):
+        places, heights, labels = [], [], []
+        for place, case in enumerate(cases):
+            for row in rows:
+                if (row["case"], row["variant"]) == (case, variant):
+                    places.append(place + (i - (len(variants) - 1) / 2) * width)
+                    heights.append(row["median"] / scale)
+                    labels.append(f"{row['times_library']:.1f}x" if row.get("times_library") else "")
+        bars = axis.bar(places, heights, width * 0.92, color=_COLOURS[variant], label=variant)
+        axis.bar_label(bars, labels, fontsize=7, padding=1)
+    for place, case in enumerate(cases):
+        limit = next((row["limit"] for row in rows if row["case"] == case and "limit" in row), None)
+        if limit is not None:
+            axis.hlines(limit / scale, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
+    axis.set_xticks(range(len(cases)), cases, fontsize=8)
+    axis.set_title(
+        f"{title} (dotted: the machine's limit)" if any("limit" in row for row in rows) else title, fontsize=10
+    )
+    axis.set_ylabel(unit)
+    axis.margins(y=0.15)
+    axis.legend(fontsize=7)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,404 @@
+"""What is measured: agreement of the outputs, prefill, decoding, training, memory, and the first compiled token."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.measure import free_memory, interleaved, matmul_rate, read_bandwidth
+from benchmarks.models import (
+    COMPILED,
+    LIBRARY,
+    OPTIMIZED,
+    OURS,
+    build_library,
+    build_optimized,
+    build_ours,
+    config_of,
+    filled_cache,
+    library_is_there,
+)
+
+
+# Norm of the difference of logits over the norm of the library's.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+
+
+@dataclass
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        prefill: prompt lengths.
+        decode: pairs of batch size and context.
+        rounds: how often each run is timed after its warm-up.
+        steps: tokens in one timed run of decoding.
+        training: rows and tokens of the training step, None to leave it out.
+        memory, compile: whether peak memory and the first compiled token are measured.
+    """
+
+    prefill: tuple[int, ...] = (128, 512, 1024, 2048)
+    decode: tuple[tuple[int, int], ...] = tuple(
+        (batch, context) for batch in (1, 4, 16) for context in (128, 1024, 3072)
+    )
+    rounds: int = 5
+    steps: int = 2
+    training: tuple[int, int] | None = (2, 512)
+    memory: bool = True
+    compile: bool = True
+
+
+QUICK = Plan(
+    prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2, steps=2, training=None, memory=False, compile=False
+)
+
+
+@dataclass
+class Bench:
+    """The models of one size, the limits of the machine, and the rows measured so far."""
+
+    size: str
+    dtype: torch.dtype
+    device: str
+    plan: Plan
+    say: Callable[[str], None]
+    compile_layers: bool = False
+    models: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Builds every variant on the same weights."""
+        config = config_of(self.size)
+        ours = build_ours(config, self.dtype, self.device)
+        if library_is_there():
+            self.models[LIBRARY] = build_library(ours)
+        self.models[OURS] = ours
+        self.models[OPTIMIZED] = build_optimized(ours)
+        if self.compile_layers:
+            self.models[COMPILED] = build_optimized(ours, compile_layers=True)
+
+    # ---- costs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def calls(self) -> int:
+        """Module calls of one forward pass."""
+        config = self.models[OURS].config
+        return config.H_cycles * (config.L_cycles + 1)
+
+    @property
+    def weights_of_a_stack(self) -> int:
+        """Elements of the matrices of one stack."""
+        config = self.models[OURS].config
+        width = config.num_attention_heads * config.head_dim
+        layer = 5 * width * config.hidden_size + 3 * config.intermediate_size * config.hidden_size
+        return layer * config.num_layers_per_stack
+
+    def decode_bytes(self, batch: int, context: int) -> int:
+        """Bytes that one decoding step has to read: every weight once a call, the head, and the cache."""
+        config, size = self.models[OURS].config, self.dtype.itemsize
+        weights = self.weights_of_a_stack * self.calls + config.vocab_size * config.hidden_size
+        cached = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * batch * context
+        return (weights + cached) * size
+
+    def prefill_operations(self, tokens: int) -> int:
+        """Floating point operations of a prompt that is one block, with the logits of its last position."""
+        config = self.models[OURS].config
+        attention = 4 * tokens * tokens * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        head = 2 * config.vocab_size * config.hidden_size
+        return 2 * self.weights_of_a_stack * self.calls * tokens + attention + head
+
+    # ---- rows ----------------------------------------------------------------------------------------------------
+
+    def note(
+        self, section: str, case: str, figures: dict[str, dict[str, float]], limit: float | None, unit="s"
+    ) -> None:
+        """Appends one row for each variant, with its ratio to the library and to the limit, and prints it."""
+        library = figures.get(LIBRARY, {}).get("median")
+        for variant, figure in figures.items():
+            row: dict[str, Any] = {
+                "size": self.size,
+                "section": section,
+                "case": case,
+                "variant": variant,
+                "unit": unit,
+            }
+            row.update(figure)
+            if library:
+                row["times_library"] = library / figure["median"]
+            if limit:
+                row["limit"], row["of_limit"] = limit, limit / figure["median"]
+            self.rows.append(row)
+            self.say(format_row(row))
+
+    # ---- sections ------------------------------------------------------------------------------------------------
+
+    def measure_limits(self) -> None:
+        """Bytes read and operations done a second by this machine, now."""
+        self.limits["read_bytes_per_s"] = read_bandwidth(self.device)
+        for rows in (512, 1024):
+            self.limits[f"matmul_{rows}_per_s"] = matmul_rate(self.device, self.dtype, rows)
+        self.say(
+            f"limits: reads {self.limits['read_bytes_per_s'] / 1e9:.1f} GB/s, {str(self.dtype)[6:]} matrix product "
+            f"{self.limits['matmul_512_per_s'] / 1e9:.0f} GFLOP/s (512 rows), "
+            f"{self.limits['matmul_1024_per_s'] / 1e9:.0f} (1024 rows)"
+        )
+
+    @torch.inference_mode()
+    def check_outputs(self) -> bool:
+        """Whether the logits of a prefix of 32 tokens and a response of 16 agree between all variants."""
+        config = self.models[OURS].config
+        ids = torch.randint(12, config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(2)).to(self.device)
+        types = (torch.arange(48, device=self.device) < 32).long()[None]
+        logits = {name: model(ids, token_type_ids=types).logits.float() for name, model in self.models.items()}
+        reference = logits.get(LIBRARY, logits[OURS])
+        agree = True
+        for name, values in logits.items():
+            error = float((values - reference).norm() / reference.norm())
+            same = float((values.argmax(-1) == reference.argmax(-1)).float().mean())
+            fine = error <= AGREEMENT[self.dtype] and bool(values.isfinite().all())
+            agree = agree and fine
+            row = {
+                "size": self.size,
+                "section": "agreement",
+                "case": "logits",
+                "variant": name,
+                "unit": "relative error",
+            }
+            self.rows.append({**row, "median": error, "same_argmax": same, "fine": fine})
+            self.say(f"{self.size:5} agreement of {name}: relative error {error:.1e}, same best token {same:.0%}")
+        return agree
+
+    @torch.inference_mode()
+    def measure_prefill(self) -> None:
+        """A prompt that is one prefix block, into a new cache, with the logits of its last position."""
+        vocab = self.models[OURS].config.vocab_size
+        for tokens in self.plan.prefill:
+            ids = torch.randint(12, vocab, (1, tokens)).to(self.device)
+            arguments = {
+                "input_ids": ids,
+                "token_type_ids": torch.ones_like(ids),
+                "use_cache": True,
+                "logits_to_keep": 1,
+            }
+            runs = {name: functools.partial(model, **arguments) for name, model in self.models.items()}
+            rate = self.limits["matmul_1024_per_s" if tokens >= 1024 else "matmul_512_per_s"]
+            rounds = max(1, self.plan.rounds // (2 if tokens > 1024 else 1))
+            figures = interleaved(self.device, runs, rounds)
+            self.note("prefill", f"{tokens} tokens", figures, self.prefill_operations(tokens) / rate)
+
+    @torch.inference_mode()
+    def measure_decode(self) -> None:
+        """Steps of decoding on a cache of the given context."""
+        config = self.models[OURS].config
+        a_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * self.dtype.itemsize
+        for batch, context in self.plan.decode:
+            case = f"batch {batch}, context {context}"
+            # Room for a quarter of slack, and for the copies that a cache without storage of its own makes.
+            one = a_token * batch * (context * 1.05 + 64) + 64e6
+            room = free_memory(self.device) * 0.85
+            if one > room:
+                self.say(f"{self.size:5} decode {case}: left out, its cache of {one / 1e9:.1f} GB does not fit")
+                self.rows.append({"size": self.size, "section": "decode", "case": case, "left_out": "memory"})
+                continue
+            together = one * len(self.models) <= room
+            token = torch.randint(12, config.vocab_size, (batch, 1)).to(self.device)
+            figures = self._decode(batch, context, token, together)
+            limit = self.decode_bytes(batch, context) / self.limits["read_bytes_per_s"]
+            self.note("decode", case, figures, limit)
+
+    def _decode(self, batch: int, context: int, token: torch.Tensor, together: bool) -> dict[str, dict[str, float]]:
+        steps = self.plan.steps
+        caches: dict[str, Any] = {}
+
+        def run(name: str) -> None:
+            # Our model is called as `generate` calls it.
+            trusted = {} if name == LIBRARY else {"trusted_layout": True}
+            for _ in range(steps):
+                self.models[name](token, past_key_values=caches[name], use_cache=True, **trusted)
+
+        def each(names: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
+            runs = {name: lambda name=name: run(name) for name in names}
+            return interleaved(self.device, runs, rounds, after=crop)
+
+        def crop() -> None:
+            for cache in caches.values():
+                extra = int(cache.get_seq_length()) - context
+                if extra > 0:
+                    cache.crop(-extra)
+
+        if together:
+            caches.update({name: filled_cache(name, model, batch, context) for name, model in self.models.items()})
+            figures = each(self.models, self.plan.rounds)
+        else:
+            # The caches do not fit side by side: each is built anew in every round, so that the runs still take turns.
+            parts: dict[str, list[dict[str, float]]] = {name: [] for name in self.models}
+            for _ in range(2):
+                for name, model in self.models.items():
+                    caches[name] = filled_cache(name, model, batch, context)
+                    parts[name].append(each([name], 2)[name])
+                    caches.clear()
+                    free_memory(self.device)
+            figures = {
+                name: {
+                    "median": sum(part["median"] for part in found) / len(found),
+                    "least": min(part["least"] for part in found),
+                    "greatest": max(part["greatest"] for part in found),
+                }
+                for name, found in parts.items()
+            }
+        return {name: {key: value / steps for key, value in figure.items()} for name, figure in figures.items()}
+
+    def measure_training(self) -> None:
+        """Forward and backward of rows whose first half is prefix, gradient checkpointing off."""
+        rows, tokens = self.plan.training
+        names = [name for name in (LIBRARY, OURS) if name in self.models]
+        ids = torch.randint(12, self.models[OURS].config.vocab_size, (rows, tokens)).to(self.device)
+        half = torch.arange(tokens, device=self.device) < tokens // 2
+        types = half.long().expand(rows, -1)
+        labels = torch.where(half, -100, ids)
+
+        def run(model: Any) -> None:
+            model.train()
+            model(ids, token_type_ids=types, labels=labels, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+            model.eval()
+
+        runs = {name: lambda name=name: run(self.models[name]) for name in names}
+        self.note(
+            "training", f"{rows} rows of {tokens}", interleaved(self.device, runs, min(3, self.plan.rounds)), None
+        )
+
+    def measure_memory(self) -> None:
+        """Peak memory above the weights, each case in a process of its own."""
+        cases = [("prefill", 2048), ("prefill with response", 2048), ("training", 512)]
+        for task, tokens in cases:
+            figures = {}
+            for name in self.models:
+                if task == "training" and name not in (LIBRARY, OURS):
+                    continue
+                answer = _child(["--peak", name, task, str(tokens)], self, timeout=1800)
+                if answer is not None:
+                    figures[name] = {"median": answer["above_weights"], "peak": answer["peak"]}
+            if figures:
+                self.note("memory", f"{task}, {tokens} tokens", figures, None, unit="bytes")
+
+    def measure_compile(self) -> None:
+        """Seconds to the first compiled token, at the depth of this size and a small width, nothing in any cache."""
+        figures = {}
+        for name in (LIBRARY, OURS):
+            if name in self.models:
+                answer = _child(["--first-compiled", name], self, timeout=1800)
+                if answer is not None:
+                    figures[name] = {"median": answer["seconds"]}
+        self.note("compile", "first compiled token", figures, None)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the table that is printed."""
+    value = f"{row['median'] / 1e6:10.1f} MB" if row["unit"] == "bytes" else f"{row['median']:10.4f} s "
+    text = f"{row['size']:5} {row['section']:9} {row['case']:26} {row['variant']:26} {value}"
+    if "times_library" in row:
+        text += f"  {row['times_library']:5.2f} x library"
+    if "of_limit" in row:
+        text += f"  {row['of_limit']:5.0%} of the limit"
+    return text
+
+
+# ---- what needs a process of its own -----------------------------------------------------------------------------
+
+
+def _child(arguments: list[str], bench: Bench, timeout: float) -> dict[str, Any] | None:
+    dtype = str(bench.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "benchmarks.compare", "--size", bench.size, "--dtype", dtype]
+    command += ["--device", bench.device, "--threads", str(torch.get_num_threads()), *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        except subprocess.TimeoutExpired:
+            bench.say(f"{' '.join(arguments)}: stopped after {timeout:.0f} s")
+            return None
+    if done.returncode:
+        bench.say(f"{' '.join(arguments)}: failed\n{done.stderr[-2000:]}")
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _one_variant(variant: str, size: str, dtype: torch.dtype, device: str, **overrides: Any) -> Any:
+    model = build_ours(config_of(size, **overrides), dtype, device)
+    if variant == LIBRARY:
+        return build_library(model)
+    if variant == OPTIMIZED:
+        return model.optimize_for_inference()
+    if variant == COMPILED:
+        return model.optimize_for_inference(compile_layers=True)
+    return model
+
+
+def peak_memory(variant: str, task: str, tokens: int, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Bytes at the peak of a task, and how many of them are above what the loaded model takes."""
+    model = _one_variant(variant, size, dtype, device)
+    rows = 2 if task == "training" else 1
+    ids = torch.randint(12, model.config.vocab_size, (rows, tokens)).to(device)
+    types = torch.ones_like(ids)
+    if task != "prefill":
+        types[:, tokens // 2 :] = 0
+    before = _memory_now(device, reset=True)
+    if task == "training":
+        model.train()
+        labels = ids.masked_fill(types == 1, -100)
+        model(ids, token_type_ids=types, labels=labels, use_cache=False).loss.backward()
+    else:
+        with torch.inference_mode():
+            model(ids, token_type_ids=types, use_cache=True, logits_to_keep=1)
+    peak = _memory_now(device, reset=False)
+    return {"peak": peak, "above_weights": peak - before}
+
+
+def _memory_now(device: str, reset: bool) -> float:
+    """Bytes in use after a reset of the peak, or else the peak since then."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return float(torch.cuda.memory_allocated())
+        return float(torch.cuda.max_memory_allocated())
+    if reset:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    wanted = "VmRSS:" if reset else "VmHWM:"
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(float(line.split()[1]) * 1024 for line in file if line.startswith(wanted))
+
+
+def first_compiled_token(variant: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Seconds until `generate` with a static cache and compilation has given its first compiled token."""
+    from transformers import CompileConfig
+
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 128}
+    model = _one_variant(variant, size, dtype, device, **narrow)
+    ids = torch.randint(12, 128, (1, 16)).to(device)
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True
+    start = time.perf_counter()
+    # The prefill gives the first new token, the first compiled call the second.
+    model.generate(
+        ids,
+        token_type_ids=torch.ones_like(ids),
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=config,
+    )
+    return {"seconds": time.perf_counter() - start}
