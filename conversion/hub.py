@@ -59,7 +59,12 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            folder_path=folder, repo_id=repo_id, revision=revision, commit_message="Upload a converted HRM-Text"
+            folder_path=folder,
+            repo_id=repo_id,
+            revision=revision,
+            commit_message="Upload a converted HRM-Text",
+            # Of an earlier upload, other weight files than these would be loaded in their place.
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
     except Exception as error:  # as in `locate`
         raise ConversionError(
