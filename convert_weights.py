@@ -5,6 +5,7 @@ As a program: `python convert_weights.py SOURCE --output DIR` (`--help` tells th
 
 import argparse
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ EPILOG = """examples:
   python convert_weights.py HRM-Text-1B --format split --max-shard-size 1GB --output HRM-Text-1B-split
   python convert_weights.py my-fine-tune --output ready --push-to-hub me/my-model --private
 
-exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted
+exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted,
+143 ended
 """
 
 
@@ -126,6 +128,8 @@ def parse_size(text: str | int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     options = _parser().parse_args(arguments)
+    # A polite request to end removes the temporary folder, as an interruption does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         if options.push_to_hub:

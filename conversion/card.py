@@ -32,7 +32,7 @@ tags:
 - prefix-lm
 ---
 
-# {_cell(provenance["source"])}
+# HRM-Text converted from {_cell(provenance["source"])}
 
 An HRM-Text: a decoder of two recurrent Transformer stacks, H and L, of {config["num_layers_per_stack"]} layers each,
 iterated H_cycles {config["H_cycles"]} x L_cycles {config["L_cycles"]} times. {parameters:,} parameters, hidden size

@@ -1,6 +1,7 @@
 """What a converted folder consists of: decided in full first, then written a tensor at a time."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .card import model_card
 from .errors import ConversionError
 from .layout import TensorSpec, split_names
 from .sources import Source
+from .tokenizer import MODULE as TOKENIZER_MODULE
 from .tokenizer import tokenizer_files
 from .writer import ShardWriter, plan_shards, shard_index, tensor_digest, write_file
 
@@ -105,10 +107,10 @@ def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: i
             specs[part] = TensorSpec((spec.shape[0] // len(parts), *spec.shape[1:]), kept)
     shards = plan_shards(specs, max_shard_bytes)
 
-    modules = sorted(ROOT.glob("*_hrm_text.py")) if layout == "fused" else []
-    present = {module.stem for module in modules}
+    modules = _modules(layout, source.tokenizer is not None)
     config = {**source.config, "dtype": str(target).removeprefix("torch.")}
-    if modules:
+    if layout == "fused":
+        present = {module.stem for module in modules}
         config["auto_map"] = {auto: name for auto, name in AUTO_CLASSES.items() if name.split(".")[0] in present}
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {key: value for key, value in source.generation.items() if key != "transformers_version"}
@@ -116,9 +118,20 @@ def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: i
     if len(shards) > 1:
         files["model.safetensors.index.json"] = shard_index(shards, specs)
     if source.tokenizer is not None:
-        files.update(tokenizer_files(source.tokenizer, config, ROOT if modules else None))
+        files.update(tokenizer_files(source.tokenizer, config, ROOT))
     files.update({module.name: module.read_bytes() for module in modules})
     return Plan(source, config, target, layout, specs, shards, files)
+
+
+def _modules(layout: str, with_tokenizer: bool) -> list[Path]:
+    """This project's modules that a folder needs: all, or in the split layout those of the tokenizer."""
+    if layout == "fused":
+        return sorted(ROOT.glob("*_hrm_text.py"))
+    needed = [ROOT / TOKENIZER_MODULE] if with_tokenizer else []
+    for module in needed:  # grows as it goes
+        names = re.findall(r"^\s*from \.(\w+) import", module.read_text(encoding="utf-8"), re.MULTILINE)
+        needed += [ROOT / f"{name}.py" for name in names if ROOT / f"{name}.py" not in needed]
+    return sorted(needed)
 
 
 def write(plan: Plan, folder: Path, progress: bool = True) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .paths import inside
 
 
 MODULE = "tokenization_hrm_text.py"
@@ -13,6 +14,7 @@ TEMPLATE = "chat_template.jinja"
 _OWN_SETTINGS = (
     "auto_map",
     "clean_up_tokenization_spaces",
+    "default_condition",
     "model_input_names",
     "padding_side",
     "tokenizer_class",
@@ -42,13 +44,11 @@ def special_token_ids(folder: Path | None, vocabulary: int) -> dict[str, int]:
     if folder is None:
         return {}
     path = folder / "tokenizer.json"
+    content = _read_json(folder, path.name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
         ids = [*content["model"]["vocab"].values(), *added.values()]
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} is no byte-level BPE tokenizer ({error!r}): pass another") from None
     if any(type(index) is not int or not 0 <= index < vocabulary for index in ids):
         raise ConversionError(
@@ -57,45 +57,52 @@ def special_token_ids(folder: Path | None, vocabulary: int) -> dict[str, int]:
     return added
 
 
-def tokenizer_files(folder: Path, config: dict[str, Any], root: Path | None) -> dict[str, bytes]:
+def tokenizer_files(folder: Path, config: dict[str, Any], root: Path) -> dict[str, bytes]:
     """Name to content of the tokenizer files to write.
 
     Args:
         folder: where the source's `tokenizer.json` lies.
         config: the model's config, for the special tokens and the length.
-        root: where this project's tokenizer module and chat template lie; None leaves the files as they are, for a
-            folder that carries no code.
+        root: where this project's tokenizer module, tokenizer_config.json and chat template lie.
     """
     names = {index: name for name, index in special_token_ids(folder, config["vocab_size"]).items()}
-    settings_path = folder / "tokenizer_config.json"
     try:
-        settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-        template_path = folder / TEMPLATE
+        settings = _read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        own = _read_json(root, "tokenizer_config.json")
+        template = folder
         for token in ("bos_token", "eos_token", "pad_token"):
-            field = f"{token}_id"
-            index = config[field][0] if isinstance(config[field], list) else config[field]
+            ids = config[f"{token}_id"]
+            index = ids[0] if isinstance(ids, list) else ids
             if index in names:
                 settings[token] = names[index]
         settings.setdefault("model_max_length", config["max_position_embeddings"])
-        if root is not None and (root / MODULE).exists():
-            own = json.loads((root / "tokenizer_config.json").read_text(encoding="utf-8"))
-            if settings.get("auto_map") != own["auto_map"]:
-                # A template that was made for another class does not know the envelope.
-                settings.pop("chat_template", None)
-                template_path = root / TEMPLATE
-            settings.update({key: own[key] for key in _OWN_SETTINGS if key in own})
-            settings.setdefault("default_condition", own["default_condition"])
+        if settings.get("auto_map") != own["auto_map"]:
+            # Made for another class, whose template does not know the envelope.
+            settings.pop("chat_template", None)
+            template = root
+            settings.update({key: own[key] for key in _OWN_SETTINGS})
             # Transformers 5 writes a list under the first name, which 4 reads under the second.
             if isinstance(settings.get("extra_special_tokens"), list):
                 settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
-        if template_path.is_file():
-            files[TEMPLATE] = template_path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{settings_path} is no tokenizer config ({error}): download it again") from None
-    files["tokenizer_config.json"] = (
-        json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    ).encode()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConversionError(f"{folder / 'tokenizer_config.json'} is no tokenizer config ({error!r})") from None
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    files = {"tokenizer.json": _read(folder, "tokenizer.json"), "tokenizer_config.json": text.encode()}
+    if (template / TEMPLATE).exists():
+        files[TEMPLATE] = _read(template, TEMPLATE)
     return files
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = inside(folder, name, folder)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads(_read(folder, name))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{folder / name} is no valid JSON ({error}): pass --tokenizer with another") from None

@@ -64,8 +64,14 @@ def verify(
         "digests": digests,
         "remote_code": remote_code,
     }
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as modules:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": modules,
+            "PYTHONPATH": os.pathsep.join(path),
+        }
         done = subprocess.run(
             [sys.executable, "-m", "conversion.verify"],
             input=json.dumps(request),
@@ -158,7 +164,7 @@ def _tokenizer(folder: str, request: dict[str, Any]) -> tuple[str, list[str]]:
 
     if not (Path(folder) / "tokenizer.json").exists():
         return "none was found: pass --tokenizer to make the folder complete", []
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request["remote_code"])
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     faults = []
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         said, found = request["config"][field], getattr(tokenizer, field)

@@ -105,6 +105,17 @@ def test_the_tokenizer_loads_as_this_projects_class(tmp_path, source):
     assert encoded["token_type_ids"] == [1, 1, 1, 1, 0]
 
 
+def test_a_split_folder_carries_the_tokenizer_and_no_model_code(tmp_path, source):
+    from transformers import AutoTokenizer
+
+    run(source, tmp_path / "out", tokenizer=small_tokenizer(tmp_path / "tokenizer"), layout="split")
+    modules = {path.name for path in (tmp_path / "out").glob("*.py")}
+    assert "tokenization_hrm_text.py" in modules and "modeling_hrm_text.py" not in modules
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("<|im_start|>ab<|im_end|>c")["token_type_ids"] == [1, 1, 1, 1, 0]
+
+
 def test_a_fine_tunes_own_template_and_generation_settings_stay(tmp_path, source):
     first = small_tokenizer(tmp_path / "tokenizer")
     run(source, tmp_path / "one", tokenizer=first)

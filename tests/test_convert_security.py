@@ -292,6 +292,12 @@ def test_a_shard_that_is_a_link_out(model, tmp_path):
     assert_refused(model, "link out of the checkpoint")
 
 
+def test_a_tokenizer_that_is_a_link_out(model, tmp_path):
+    (tmp_path / "secret.json").write_text('{"model": {"vocab": {}}, "password": "x"}')
+    (model / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    assert_refused(model, "link out of the checkpoint")
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000])
 def test_a_shard_index_that_is_none(model, content):
     (model / "model.safetensors.index.json").write_text(content)
