@@ -103,6 +103,8 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> HrmTextTokenizer:
         """As `PreTrainedTokenizerFast.from_pretrained`."""
+        # Here already: without protobuf, transformers hides an error of the constructor behind one about protobuf.
+        _condition_tags(kwargs.get("default_condition", ""))
         with as_expected_tokenizer_class():
             return super().from_pretrained(*args, **kwargs)
 
