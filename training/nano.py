@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .data import Example, PrefixLMCollator, bucket, join, plain_ids
 from .hub_folder import load_class, save_nano
-from .nano_tasks import CONDITIONS, Question, draw, questions, tokenizer_corpus
+from .nano_tasks import CONDITIONS, TASKS, Question, draw, questions, tokenizer_corpus
 from .plots import plot_curves
 from .tokenizer import train_tokenizer
 from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
@@ -31,20 +31,39 @@ from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
 VOCABULARY = 665
 HIDDEN = 128
 TOKENS_PER_STEP = 2048
-STEPS = 8000
-# Share of the questions: the larger, the more a task has to learn.
-WEIGHTS = {
-    "addition": 4,
-    "subtraction": 4,
-    "multiplication": 2,
-    "comparison": 1,
-    "sorting": 1,
-    "reversal": 1.5,
-    "letters": 1.5,
-    "story": 2,
-}
-# Steps are easier to learn than a result at one go, and more than twice as long.
-DIRECT_SHARE = 0.7
+STEPS = 11000
+# Questions are drawn in pools and sorted by length within them.
+POOL = 4096
+# In two stages: for each task its share of the questions and the part of it that is asked for a direct answer. Numbers
+# come first, since their columns take longest to find; then what has few tokens to learn from gets more questions.
+STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
+    (
+        64,
+        {
+            "addition": (4, 0.7),
+            "subtraction": (4, 0.7),
+            "multiplication": (2, 0.7),
+            "comparison": (1, 0.7),
+            "sorting": (1, 0.7),
+            "reversal": (1.5, 0.7),
+            "letters": (1.5, 0.7),
+            "story": (2, 0.7),
+        },
+    ),
+    (
+        sys.maxsize,
+        {
+            "addition": (21, 0.81),
+            "subtraction": (22, 0.77),
+            "multiplication": (13, 0.69),
+            "comparison": (8, 0.4),
+            "sorting": (11, 0.45),
+            "reversal": (12, 0.5),
+            "letters": (15, 0.47),
+            "story": (13, 0.69),
+        },
+    ),
+)
 RECIPE = Recipe(
     learning_rate=5e-3,
     warmup_steps=100,
@@ -53,7 +72,7 @@ RECIPE = Recipe(
     floor=0.02,
     weight_decay=0.1,
     average=0.998,
-    gradient_warmup=0.2,
+    gradient_warmup=8 / 55,
 )
 LOGGING_STEPS = 50
 PROBE_STEPS = 500
@@ -92,24 +111,27 @@ class QuestionGroups(IterableDataset):
     Args:
         tokenizer: Nano's.
         seed: the same seed gives the same groups in the same order.
-        pool: questions that are drawn and sorted by length at a time.
     """
 
-    def __init__(self, tokenizer: Any, seed: int, pool: int = 4096):
-        self.tokenizer, self.seed, self.pool = tokenizer, seed, pool
+    def __init__(self, tokenizer: Any, seed: int):
+        self.tokenizer, self.seed = tokenizer, seed
 
     def __iter__(self) -> Iterator[list[Example]]:
         rng = Random(self.seed)
-        stream = questions(self.seed, held_out=False, tasks=list(WEIGHTS), weights=list(WEIGHTS.values()))
         direct, cot = CONDITIONS
-        while True:
-            drawn: dict[str, list[Question]] = {direct: [], cot: []}
-            for question in islice(stream, self.pool):
-                drawn[direct if rng.random() < DIRECT_SHARE else cot].append(question)
-            examples = [
-                example for condition, asked in drawn.items() for example in encode(asked, condition, self.tokenizer)
-            ]
-            yield from bucket(examples, TOKENS_PER_STEP, rng)
+        for stage, (pools, shares) in enumerate(STAGES):
+            weights = [weight for weight, _ in shares.values()]
+            stream = questions(self.seed + 1000 * stage, held_out=False, tasks=list(shares), weights=weights)
+            for _ in range(pools):
+                drawn: dict[str, list[Question]] = {direct: [], cot: []}
+                for question in islice(stream, POOL):
+                    drawn[direct if rng.random() < shares[question.task][1] else cot].append(question)
+                examples = [
+                    example
+                    for condition, asked in drawn.items()
+                    for example in encode(asked, condition, self.tokenizer)
+                ]
+                yield from bucket(examples, TOKENS_PER_STEP, rng)
 
 
 def encode(asked: list[Question], condition: str, tokenizer: Any) -> list[Example]:
@@ -133,7 +155,7 @@ class Probe(TrainerCallback):
             (task, condition): self.collator(
                 encode([draw(task, rng, held_out=True) for _ in range(count)], condition, tokenizer)
             )
-            for task in WEIGHTS
+            for task in TASKS
             for condition in CONDITIONS
         }
         self.trainer: HrmTextTrainer | None = None
