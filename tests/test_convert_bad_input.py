@@ -275,6 +275,42 @@ def test_options_of_a_training_checkpoint_do_not_apply_to_others(tmp_path):
     assert_refused(source, "holds no tokenizer.json", tokenizer=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/fsdp2_epoch_1/.metadata",
+        "train/all_config.yaml",
+        "train/train_metadata.yaml",
+        "model/config.json",
+        "model/model.safetensors.index.json",
+        "model/model-00001-of-00002.safetensors",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_damage_is_refused_or_harmless(tmp_path, name):
+    """Whatever the bytes, nothing but a ConversionError comes out."""
+    shutil.copytree(REFERENCE / "checkpoint", tmp_path / "train")
+    save_published(tmp_path / "model", shards=2)
+    path = tmp_path / name
+    good = path.read_bytes()
+    reach = min(len(good), 3000) if name.endswith("safetensors") else len(good)
+    chance = random.Random(name)
+    refused = 0
+    for _ in range(25):
+        damaged = bytearray(good)
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            at = chance.randrange(reach)
+            cut, size = chance.choice([(1, 1), (0, 5), (12, 0), (8, 8)])
+            damaged[at : at + cut] = chance.randbytes(size)
+        path.write_bytes(damaged)
+        try:
+            convert(tmp_path / name.split("/")[0], dry_run=True)
+        except ConversionError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 5
+
+
 KILLER = """
 import os, random, shutil, signal, sys, time
 sys.path.insert(0, {root!r})

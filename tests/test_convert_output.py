@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from conversion import writer
 from conversion.errors import ConversionError
+from conversion.layout import Dimensions, TensorSpec, split_names
 from convert_weights import convert, parse_size
 
-from .checkpoints import REFERENCE, published_tensors, save_published
+from .checkpoints import REFERENCE, published_config, published_tensors, save_published
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,27 @@ def test_the_folder_is_complete(tmp_path, source):
     ]
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (ROOT / "chat_template.jinja").read_bytes()
     assert "chat_template" not in settings
+
+
+def test_the_config_has_what_other_loaders_read(tmp_path, source):
+    """The fields and names that vLLM's model and llama.cpp's converter take from a folder."""
+    run(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    layers, H_cycles, L_cycles = (config[name] for name in ("num_layers_per_stack", "H_cycles", "L_cycles"))
+    assert config["architectures"] == ["HrmTextForCausalLM"] and config["model_type"] == "hrm_text"
+    assert config["num_hidden_layers"] == layers * H_cycles * (L_cycles + 1)
+    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    assert isinstance(config["embedding_scale"], float) and config["prefix_lm"] is True
+    assert config["rope_parameters"] == {"rope_theta": 5000.0, "rope_type": "default"}
+    assert {"intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps"} <= config.keys()
+    outer = {"model.embed_tokens.weight", "model.z_L_init", "lm_head.weight"}
+    inner = {
+        f"model.{stack}_module.layers.{index}.{name}.weight"
+        for stack in "LH"
+        for index in range(layers)
+        for name in ("attn.gqkv_proj", "attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    }
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == outer | inner
 
 
 def test_the_tokenizer_loads_as_this_projects_class(tmp_path, source):
@@ -278,6 +300,56 @@ def test_what_a_killed_run_left_is_removed_and_a_live_runs_folder_is_not(tmp_pat
     with writer.staged(tmp_path / "out", 0) as (alive, _):
         run(source, tmp_path / "out")
         assert alive.exists() and not abandoned.exists()
+
+
+MEASURED = """
+import sys
+from convert_weights import convert
+
+def memory(field):
+    return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) * 1024
+
+convert(sys.argv[1], dry_run=True)  # everything is imported
+before = memory("VmRSS")
+convert(sys.argv[1], sys.argv[2], verification=False, progress=False)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fused", "split"])
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_is_that_of_one_tensor(tmp_path, layout):
+    """A file of 490 MB whose largest tensor has 134 MB."""
+    dimensions = Dimensions(layers=4, hidden=1024, intermediate=2816, attention=1024, vocabulary=65536)
+    names = dimensions.shapes()
+    if layout == "split":
+        names = {
+            part: (shape[0] // len(split_names(name)), *shape[1:])
+            for name, shape in names.items()
+            for part in split_names(name)
+        }
+    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in names.items()}
+    config = published_config(
+        vocab_size=65536,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_layers_per_stack=4,
+        num_hidden_layers=32,
+        num_attention_heads=8,
+        head_dim=128,
+    )
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    file = writer.ShardWriter(source / "model.safetensors", specs)
+    for name, spec in specs.items():
+        file.add(name, torch.full(spec.shape, 0.5, dtype=spec.dtype))
+    file.close()
+    command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    largest = max(spec.nbytes for spec in specs.values())
+    assert int(done.stdout) < 2 * largest + 64 * 2**20
 
 
 def limited(code, **environment):
