@@ -67,7 +67,9 @@ class _Bucket:
         self.input_ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.position_ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.mask = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
-        self.slots = _Slots([StaticSlot(keys, values, self.index) for keys, values in parts])
+        self.slots = _Slots(
+            [StaticSlot(part[0], part[1], self.index) for part in (parts[i] for i in range(len(parts)))]
+        )
         self.plan = AttentionPlan("sdpa", mask=self.mask)
         self.logits: torch.Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -204,7 +206,8 @@ class StaticDecoder:
         bucket = self._buckets.get((rows, capacity))
         if attached and bucket is self._bucket and self._views[0].shape[0] == batch:
             return bucket
-        with torch.inference_mode(False):
+        # Buffers outlive the call, and may be written in a mode other than this one's.
+        with torch.inference_mode(False), torch.no_grad():
             self._detach_other(cache)
             return self._attach(model, cache, batch, rows, capacity)
 
