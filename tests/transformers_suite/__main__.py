@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tests.transformers_suite.report import Outcome, render, succeeded
 from tests.transformers_suite.source import assemble, checkout_tests, default_cache, fetch_tests
-from tests.transformers_suite.testers import LIBRARY, OURS, ROOT, VARIANTS
+from tests.transformers_suite.testers import DEFAULT_VARIANTS, LIBRARY, OURS, ROOT, VARIANTS
 
 
 # Runs in a process of its own for each implementation and variant: the mixins choose their skips when imported.
@@ -33,7 +33,7 @@ with open(sys.argv[1], "w") as file:
 
 EPILOG = """examples:
   python -m tests.transformers_suite
-      ours and the library's class, every variant, on the tests of the installed version's source distribution
+      ours and the library's class, four variants, on the tests of the installed version's source distribution
   python -m tests.transformers_suite --transformers-src ~/src/transformers
       the same on a checkout, which adds the generation and export tests
   python -m tests.transformers_suite --only ours --variants half-0.1 --slow -k compile
@@ -61,9 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--variants",
         nargs="+",
         choices=list(VARIANTS),
-        default=list(VARIANTS),
+        default=list(DEFAULT_VARIANTS),
         metavar="NAME",
-        help=", ".join(VARIANTS),
+        help=f"{', '.join(VARIANTS)} ({' '.join(DEFAULT_VARIANTS)})",
     )
     parser.add_argument("--only", choices=(OURS, LIBRARY), help="run one implementation instead of both")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="run the tests that pytest's -k selects")

@@ -49,6 +49,10 @@ VARIANTS = {
 }
 
 
+# Three layouts, and once more where masks matter; the other two are there to look closer.
+DEFAULT_VARIANTS = ("causal", "prefix", "half", "half-0.1")
+
+
 def load_classes(implementation: str) -> SimpleNamespace:
     """The config class and the four model classes of an implementation; a head that it lacks is None.
 

@@ -1,0 +1,1 @@
+"""The core tests on every supported transformers: `python -m tests.matrix --help`."""
