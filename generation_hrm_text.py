@@ -144,10 +144,16 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             return model_inputs
         new = model_inputs.get("inputs_embeds")
         new = model_inputs["input_ids"] if new is None else new
-        start = self._first_new_position(new.shape[1], past_key_values, kwargs)
-        end, prompt = start + new.shape[1], prompt_token_types.shape[1]
-        types = F.pad(prompt_token_types, (0, max(0, end - prompt)))[:, start:end]
-        model_inputs["token_type_ids"] = types.expand(new.shape[0], -1).to(new.device)
+        rows, count = new.shape[:2]
+        start = self._first_new_position(count, past_key_values, kwargs)
+        end, prompt = start + count, prompt_token_types.shape[1]
+        if start >= prompt:
+            types = torch.zeros(rows, count, dtype=torch.long, device=new.device)
+        else:
+            types = F.pad(prompt_token_types, (0, max(0, end - prompt)))[:, start:end].expand(rows, -1)
+            # Always of one stride, on which compiled graphs depend.
+            types = types.to(new.device).clone(memory_format=torch.contiguous_format)
+        model_inputs["token_type_ids"] = types
         # Generated tokens are one causal sequence: nothing about them has to be read from the device.
         model_inputs["trusted_layout"] = start >= prompt
         return model_inputs
