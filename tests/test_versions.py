@@ -1,0 +1,157 @@
+"""What is promised about versions of transformers, and side by side with the library's own class."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .tiny import ROOT, load_class, tiny_config, tiny_model
+
+
+check_version = load_class("versions_hrm_text.check_version")
+HAS_LIBRARY_CLASS = hasattr(transformers, "HrmTextForCausalLM")
+HAS_TENSOR_PARALLELISM = tiny_config().base_model_tp_plan is not None
+
+
+def remote_folder(folder: Path, **overrides: Any) -> torch.nn.Module:
+    """A folder as on the Hub, with its code and `auto_map`; returns the model in it."""
+    model = tiny_model(**overrides)
+    model.save_pretrained(folder)
+    for module in ROOT.glob("*_hrm_text.py"):
+        shutil.copy(module, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_hrm_text.HrmTextConfig",
+        "AutoModel": "modeling_hrm_text.HrmTextModel",
+        "AutoModelForCausalLM": "modeling_hrm_text.HrmTextForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("installed", ["4.46.0", "4.57.5", "4.57.0.dev0"])
+def test_too_old_is_refused(installed):
+    with pytest.raises(ImportError, match=r"needs transformers 4\.57\.6 or newer and .*pip install --upgrade"):
+        check_version(installed)
+
+
+@pytest.mark.parametrize("installed", ["4.57.6", "5.0.0", "5.9.0", "5.22.2", "5.23.0", "5.23.7"])
+def test_what_was_tested_is_silent(installed, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_version(installed)
+    assert not caplog.records
+
+
+def test_too_new_is_named_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            check_version("6.1.0.dev0")
+    assert len(caplog.records) == 1
+    assert "6.1.0.dev0" in caplog.text and "4.57.6 to 5.23.0" in caplog.text
+
+
+def test_this_version_is_one_of_those_promised():
+    oldest, newest = Version(check_version.__globals__["OLDEST"]), Version(check_version.__globals__["NEWEST"])
+    assert oldest <= Version(transformers.__version__) <= newest
+
+
+@torch.no_grad()
+def test_remote_code_is_ours_and_the_library_keeps_its_own(tmp_path, monkeypatch):
+    # What this test registers is forgotten at its end.
+    monkeypatch.setattr(transformers.CONFIG_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(transformers.MODEL_MAPPING, "_extra_content", {})
+    model = remote_folder(tmp_path)
+    ids = torch.randint(12, 96, (2, 9))
+    block = torch.ones_like(ids)
+    block[:, 5:] = 0
+    expected = model(ids, token_type_ids=block).logits
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(ours).__module__.startswith("transformers_modules")
+    torch.testing.assert_close(ours(ids, token_type_ids=block).logits, expected)
+    assert AutoModelForCausalLM.from_config(ours.config, trust_remote_code=True).config.model_type == "hrm_text"
+
+    # Registration by a user, also a second time, in the place of the library's class.
+    config_class, base_class = type(ours.config), type(ours.model)
+    for _ in range(2):
+        AutoConfig.register("hrm_text", config_class, exist_ok=True)
+        AutoModel.register(config_class, base_class, exist_ok=True)
+    assert type(AutoModel.from_config(ours.config)) is base_class
+
+    if HAS_LIBRARY_CLASS:
+        library = transformers.HrmTextForCausalLM
+        theirs = library.from_pretrained(tmp_path).eval()
+        assert type(theirs) is library and type(theirs).__module__.startswith("transformers.models")
+        assert hasattr(theirs.model.L_module.layers[0].self_attn, "q_proj")
+        torch.testing.assert_close(theirs(ids, token_type_ids=block).logits, expected, atol=1e-4, rtol=0)
+        fresh = AutoModelForCausalLM.from_config(transformers.HrmTextConfig(**theirs.config.to_dict()))
+        assert type(fresh) is library
+
+
+@pytest.mark.skipif(HAS_TENSOR_PARALLELISM, reason="this transformers can cut four packed parts")
+@pytest.mark.parametrize("argument", [{"tp_plan": "auto"}, {"tp_size": 2}])
+def test_tensor_parallelism_is_refused_where_it_would_cut_wrongly(argument, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"use transformers 5\.16 or newer, or `device_map='auto'`"):
+        type(model).from_pretrained(tmp_path, **argument)
+
+
+def _rank_logits(rank: int, folder: str, out: str) -> None:
+    """One of two ranks: loads its part of the model and writes the logits of a block followed by a response."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    from transformers.distributed import DistributedConfig
+
+    cls = load_class("modeling_hrm_text.HrmTextForCausalLM")
+    model = cls.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+    inputs = torch.load(f"{out}/inputs.pt", weights_only=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    local = model.model.L_module.layers[0].attn.gqkv_proj.weight.to_local().shape
+    torch.save({"logits": logits, "tokens": tokens, "local": tuple(local)}, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TENSOR_PARALLELISM, reason="this transformers cannot cut four packed parts")
+def test_two_ranks_answer_as_one_with_a_prefix_block(tmp_path):
+    model = tiny_model(seed=2)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(12, 96, (2, 11))
+    types = torch.zeros_like(ids)
+    types[:, :7] = 1
+    torch.save({"input_ids": ids, "token_type_ids": types}, tmp_path / "inputs.pt")
+    multiprocessing.spawn(_rank_logits, args=(str(tmp_path), str(tmp_path)), nprocs=2)
+    with torch.no_grad():
+        logits = model(ids, token_type_ids=types).logits
+        tokens = model.generate(ids, token_type_ids=types, max_new_tokens=4, do_sample=False)
+    for rank in range(2):
+        part = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(part["logits"], logits, atol=1e-5, rtol=0)
+        assert torch.equal(part["tokens"], tokens)
+        whole = model.model.L_module.layers[0].attn.gqkv_proj.weight.shape
+        assert part["local"] == (whole[0] // 2, whole[1])
+
+
+@pytest.mark.parametrize("module", ["tests.matrix", "tests.transformers_suite"])
+def test_the_programs_explain_themselves(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout and "exit status:" in done.stdout
