@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from .flash_stand_in import flash_3_stand_in, flash_stand_in
 from .harness import (
     FORWARD_MODES,
     GENERATE_MODES,
+    MIXED,
     NOT_GREEDY,
+    Row,
     deviation,
     is_greedy,
+    padded,
+    reference_logits,
 )
 from .one_answer_models import one_answer_model
 
@@ -29,40 +32,6 @@ GENERATE_SUBSET = (
     "chunks of 3, ragged batch",
     "second turn of a ragged batch",
 )
-
-
-def flash_stand_in(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
-):
-    """Variable-length flash attention, with the checks and the lower-right causal mask of the real one.
-
-    q [total queries, heads, head_dim], k and v [total keys, heads, head_dim], offsets int32 [entries + 1].
-    """
-    assert q.dim() == k.dim() == v.dim() == 3 and k.shape == v.shape
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert starts[0] == key_starts[0] == 0 and starts[-1] == len(q) and key_starts[-1] == len(k)
-    out = torch.empty_like(q)
-    queries, keys = [], []
-    for begin, end, key_begin, key_end in zip(starts, starts[1:], key_starts, key_starts[1:]):
-        queries.append(end - begin)
-        keys.append(key_end - key_begin)
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end], k[key_begin:key_end])
-        scores = scores * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
-        if causal:
-            hidden = torch.ones(queries[-1], keys[-1]).triu(keys[-1] - queries[-1] + 1).bool()
-            scores = scores.masked_fill(hidden, -math.inf)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[key_begin:key_end])
-    assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-    return out
-
-
-def flash_3_stand_in(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
-):
-    """The third generation knows no dropout and may return the log-sum-exp too."""
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return flash_stand_in(q, k, v, *lengths, softmax_scale=softmax_scale, causal=causal), None
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +69,23 @@ def test_generate(reference, backend_model, mode):
     answers = GENERATE_MODES[mode](backend_model)
     assert deviation(reference, answers) < TOLERANCE[backend_model.backend]
     assert mode in NOT_GREEDY or is_greedy(reference, answers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend_model", ["eager", "sdpa", "flex_attention", "flash_attention_2"], indirect=True)
+@torch.no_grad()
+def test_padding_is_finite_and_changes_nothing_in_half_precision(backend_model, dtype):
+    """Real tokens give the same in any company; padding itself, whole rows of it too, gives no NaN."""
+    model = backend_model.to(dtype)
+    for side in ("left", "right", "both"):
+        rows = [MIXED[0], Row((), ()), MIXED[1]]
+        batch = padded(rows, side, 16)
+        logits = model(**batch).logits
+        assert torch.isfinite(logits).all()
+        garbage = torch.where(batch["attention_mask"] != 0, batch["input_ids"], 77)
+        other = model(**{**batch, "input_ids": garbage}).logits
+        for i, row in enumerate(rows):
+            real = batch["attention_mask"][i] != 0
+            torch.testing.assert_close(logits[i][real], other[i][real], atol=0, rtol=0)
+            if len(row):
+                torch.testing.assert_close(logits[i][real], reference_logits(model, row), atol=0.05, rtol=0.05)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from .flash_stand_in import flash_stand_in
 from .harness import MIXED, Row, padded, positions_of
 from .one_answer_models import one_answer_model
-from .test_one_answer_backends import flash_stand_in
 
 
 def labels_of(row: Row) -> list[int]:
