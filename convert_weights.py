@@ -34,7 +34,7 @@ exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong u
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: the plan, what the reload found (None where it was not asked), and the warnings."""
+    """What `convert` did: the plan, and what the reload found (None where it was not asked)."""
 
     plan: Plan
     verification: Verification | None
@@ -112,6 +112,8 @@ def convert(
                     f"{output}: the reloaded folder is not the source ({len(found.differences)} differences, first: "
                     f"{found.differences[0]}): nothing was put in place; report this"
                 )
+        # The time since the first check is long enough for another run.
+        check_output(Path(output), folder, force)
         put_in_place()
     return Conversion(plan, found)
 
@@ -128,39 +130,43 @@ def parse_size(text: str | int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     options = _parser().parse_args(arguments)
-    # A polite request to end removes the temporary folder, as an interruption does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        if options.push_to_hub:
-            check_repo_id(options.push_to_hub)
-        done = convert(
-            options.source,
-            options.output,
-            epoch=options.epoch,
-            weights=options.weights,
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            layout=options.format,
-            max_shard_size=options.max_shard_size,
-            force=options.force,
-            dry_run=options.dry_run,
-            verification=options.verify,
-        )
-        if options.dry_run:
-            print("\n".join(done.plan.table()))
-            return 0
-        print(f"{options.output}: {len(done.plan.specs)} tensors, {done.plan.nbytes:,} bytes")
-        if done.verification:
-            print("\n".join(f"  {line}" for line in done.verification.lines()))
-        if options.push_to_hub:
-            print(publish(options.output, options.push_to_hub, options.private, options.revision))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            return _run(options)
     except ConversionError as error:
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("convert_weights.py: interrupted; the output is as it was", file=sys.stderr)
         return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.push_to_hub:
+        check_repo_id(options.push_to_hub)
+    done = convert(
+        options.source,
+        options.output,
+        epoch=options.epoch,
+        weights=options.weights,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        layout=options.format,
+        max_shard_size=options.max_shard_size,
+        force=options.force,
+        dry_run=options.dry_run,
+        verification=options.verify,
+    )
+    if options.dry_run:
+        print("\n".join(done.plan.table()))
+        return 0
+    print(f"{options.output}: {len(done.plan.specs)} tensors, {done.plan.nbytes:,} bytes")
+    if done.verification:
+        print("\n".join(f"  {line}" for line in done.verification.lines()))
+    if options.push_to_hub:
+        print(publish(options.output, options.push_to_hub, options.private, options.revision))
     return 0
 
 
@@ -202,4 +208,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # A polite request to end removes the temporary folder, as an interruption does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -43,7 +43,7 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Source:
     """An opened checkpoint. Opening reads headers only; `read` reads one tensor of the published layout."""
 
@@ -100,8 +100,13 @@ def open_source(
     )
 
 
+@dataclass(kw_only=True)
 class _TrainingCheckpoint(Source):
     """What the training repository writes: two YAML files and a distributed checkpoint per epoch."""
+
+    folder: Path
+    index: dict[str, distcp.IndexedTensor]
+    keys: dict[str, str]
 
     @classmethod
     def open(
@@ -133,7 +138,7 @@ class _TrainingCheckpoint(Source):
         config, warnings = configs.from_training(
             run, metadata, special_token_ids(found, dimensions.vocabulary), dimensions, str(path)
         )
-        opened = cls(
+        return cls(
             path=path,
             config=config,
             specs=specs,
@@ -145,30 +150,38 @@ class _TrainingCheckpoint(Source):
             },
             warnings=warnings,
             tokenizer=found,
+            folder=folder,
+            index=index,
+            keys=keys,
         )
-        opened._folder, opened._index, opened._keys = folder, index, keys
-        return opened
 
     def read(self, name: str) -> torch.Tensor:
-        key = self._keys[name]
-        return distcp.read_tensor(self._folder, key, self._index[key])
+        key = self.keys[name]
+        return distcp.read_tensor(self.folder, key, self.index[key])
 
 
+@dataclass(kw_only=True)
 class _ModelFolder(Source):
-    """A Hugging Face folder: `config.json` in either dialect, safetensors in one file or shards, fused or split."""
+    """A Hugging Face folder: `config.json` in either dialect, safetensors in one file or shards, fused or split.
+
+    `groups` names the stored tensors of each published one, `places` the file and offset of each stored one.
+    """
+
+    groups: dict[str, tuple[str, ...]]
+    places: dict[str, tuple[Path, int]]
 
     @classmethod
     def open(cls, path: Path, tokenizer: Path | None, label: str) -> "_ModelFolder":
         files = _weight_files(path)
         stored: dict[str, TensorSpec] = {}
-        place_of: dict[str, tuple[Path, int]] = {}
+        places: dict[str, tuple[Path, int]] = {}
         for file in dict.fromkeys(files.values()) if isinstance(files, dict) else files:
             for name, (spec, start) in _header(file).items():
                 if isinstance(files, dict) and files.get(name) != file:
                     raise ConversionError(
                         f"{file} holds {name}, which the index does not place there: download it again"
                     )
-                stored[name], place_of[name] = spec, (file, start)
+                stored[name], places[name] = spec, (file, start)
         if isinstance(files, dict):
             for name, file in files.items():
                 if name not in stored:
@@ -183,7 +196,7 @@ class _ModelFolder(Source):
         )
         split = any(len(members) > 1 for members in groups.values())
         generation = path / "generation_config.json"
-        opened = cls(
+        return cls(
             path=path,
             config=config,
             specs=specs,
@@ -195,16 +208,16 @@ class _ModelFolder(Source):
             warnings=warnings,
             tokenizer=found,
             generation=read_json(path, generation.name) if generation.exists() else {},
+            groups=groups,
+            places=places,
         )
-        opened._places, opened._groups = place_of, groups
-        return opened
 
     def read(self, name: str) -> torch.Tensor:
         # Read, not mapped: a disk that fails under a map kills the process, and mapped pages count as its memory.
         whole = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
-        members = self._groups[name]
+        members = self.groups[name]
         for member, part in zip(members, whole.chunk(len(members)), strict=True):
-            path, start = self._places[member]
+            path, start = self.places[member]
             try:
                 with open(path, "rb") as file:
                     file.seek(start)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -173,7 +174,7 @@ def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]
     prefix = f".{output.name}.converting-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in output.parent.glob(f"{prefix}*"):
+        for leftover in output.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_if_abandoned(leftover)
         free = shutil.disk_usage(output.parent).free
         if free < needed:
@@ -202,7 +203,7 @@ def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]
 
 def _recover(output: Path) -> None:
     """Brings back an old output that a run killed between the two renames of `_put_in_place` had put aside."""
-    aside = sorted(output.parent.glob(f".{output.name}.converting-*-old"))
+    aside = sorted(output.parent.glob(f".{glob.escape(output.name)}.converting-*-old"))
     if aside and not output.exists():
         os.rename(aside[0], output)
 
@@ -263,7 +264,10 @@ def _lock(folder: Path) -> int | None:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    descriptor = _lock(folder)
+    try:
+        descriptor = _lock(folder)
+    except FileNotFoundError:  # another run was quicker
+        return
     if descriptor is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import convert_weights
 from conversion import writer
 from conversion.errors import ConversionError
 from conversion.layout import Dimensions, TensorSpec, split_names
@@ -226,6 +227,29 @@ def test_an_existing_output_needs_force(tmp_path, source):
     run(source, tmp_path / "out", dtype="bfloat16", force=True)
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert not [path for path in tmp_path.iterdir() if "converting" in path.name]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path, source, monkeypatch):
+    """As when two runs without --force were started for the same output."""
+    honest = convert_weights.write
+
+    def slow(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("another run's")
+        return honest(*arguments)
+
+    monkeypatch.setattr(convert_weights, "write", slow)
+    with pytest.raises(ConversionError, match="pass --force"):
+        run(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_names_that_look_like_patterns(tmp_path, source):
+    (tmp_path / ".o[ut]*.converting-dead").mkdir()
+    (tmp_path / ".ou.converting-alien").mkdir()
+    run(source, tmp_path / "o[ut]*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ou.converting-alien", "o[ut]*", "source"]
 
 
 def test_an_empty_output_folder_is_filled(tmp_path, source):
