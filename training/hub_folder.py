@@ -33,6 +33,8 @@ def save_nano(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as temporary:
+        # Greedy, and not the 20 tokens that are the library's default.
+        model.generation_config.update(do_sample=False, max_new_tokens=model.config.max_position_embeddings // 4)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         path = Path(temporary, "config.json")

@@ -31,10 +31,10 @@ from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
 VOCABULARY = 665
 HIDDEN = 128
 TOKENS_PER_STEP = 2048
-STEPS = 11000
+STEPS = 12000
 # Questions are drawn in pools and sorted by length within them.
 POOL = 4096
-# In two stages: for each task its share of the questions and the part of it that is asked for a direct answer. Numbers
+# In stages: for each task its share of the questions and the part of it that is asked for a direct answer. Numbers
 # come first, since their columns take longest to find; then what has few tokens to learn from gets more questions.
 STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
     (
@@ -51,7 +51,7 @@ STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
         },
     ),
     (
-        sys.maxsize,
+        39,
         {
             "addition": (21, 0.81),
             "subtraction": (22, 0.77),
@@ -63,6 +63,19 @@ STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
             "story": (13, 0.69),
         },
     ),
+    (
+        sys.maxsize,
+        {
+            "addition": (12, 0.75),
+            "subtraction": (19, 0.63),
+            "multiplication": (14, 0.71),
+            "comparison": (10, 0.3),
+            "sorting": (15, 0.47),
+            "reversal": (12, 0.33),
+            "letters": (22, 0.41),
+            "story": (13, 0.62),
+        },
+    ),
 )
 RECIPE = Recipe(
     learning_rate=5e-3,
@@ -72,7 +85,7 @@ RECIPE = Recipe(
     floor=0.02,
     weight_decay=0.1,
     average=0.998,
-    gradient_warmup=8 / 55,
+    gradient_warmup=2 / 15,
 )
 LOGGING_STEPS = 50
 PROBE_STEPS = 500

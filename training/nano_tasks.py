@@ -311,8 +311,8 @@ def tokenizer_corpus() -> list[str]:
     """Texts from which `training.tokenizer.train_tokenizer` makes Nano's vocabulary.
 
     They hold every word of the questions and answers but no operand, and every beginning of such a word, the shorter
-    the more often. Merges then grow from the left end of known words, and the letters inside an operand stay single
-    tokens, as its digits are.
+    the more often. Merges then grow from the left end of known words, and nearly all letters inside an operand stay
+    single tokens, as its digits do.
     """
     texts = (
         *(wording for wordings in (*WORDINGS.values(), *STORIES.values()) for wording in wordings),
