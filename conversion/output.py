@@ -114,6 +114,9 @@ def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: i
         config["auto_map"] = {auto: name for auto, name in AUTO_CLASSES.items() if name.split(".")[0] in present}
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {key: value for key, value in source.generation.items() if key != "transformers_version"}
+    if not generation.keys() - special.keys():
+        # Greedy as the training code answers, and not the 20 tokens that are the library's default.
+        generation |= {"do_sample": False, "max_new_tokens": config["max_position_embeddings"] // 4}
     files = {"config.json": _json(config), "generation_config.json": _json({**special, **generation})}
     if len(shards) > 1:
         files["model.safetensors.index.json"] = shard_index(shards, specs)

@@ -83,7 +83,8 @@ def test_the_folder_is_complete(tmp_path, source):
         assert f"class {name}(" in (tmp_path / "out" / f"{module}.py").read_text()
     assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= config["auto_map"].keys()
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 6, "eos_token_id": 11, "pad_token_id": 5}
+    length = {"do_sample": False, "max_new_tokens": config["max_position_embeddings"] // 4}
+    assert generation == {"bos_token_id": 6, "eos_token_id": 11, "pad_token_id": 5, **length}
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     own = json.loads((ROOT / "tokenizer_config.json").read_text())
     assert settings["auto_map"] == own["auto_map"]
