@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .flash_hrm_text import FlashPlan, flash_attend, plan_flash
 from .layout_hrm_text import TokenLayout, infer_token_type_ids, read_layout, values_are_readable
+from .single_query_hrm_text import single_query_attention, single_query_pays
 from .versions_hrm_text import flash_kernel, is_flash, static_capacity
 
 
@@ -376,6 +377,8 @@ def _sdpa(
     plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
 ) -> torch.Tensor:
     if plan.block_queries is None:
+        if single_query_pays(query, key):
+            return single_query_attention(query, key, value, plan.mask, scaling)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=plan.mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
         )

@@ -39,8 +39,8 @@ class InferenceMixin:
         resizing the embeddings end it; moving or casting the model keeps it where it applies.
 
         Args:
-            compile_layers: also compile one layer, whose graph serves all layer calls on static caches and in the
-                captured steps; the first step then takes some seconds longer.
+            compile_layers: on CUDA, also compile one layer, whose graph serves all layer calls of the captured steps;
+                the first step then takes some seconds longer.
 
         Returns:
             The model itself.
@@ -48,6 +48,9 @@ class InferenceMixin:
         self.undo_inference_optimization()
         self.eval()
         if self.device.type == "cpu":
+            if compile_layers:
+                logger.warning_once("`compile_layers=True` is of use on CUDA only: packed weights cannot be compiled.")
+                compile_layers = False
             if pack_model(self) == 0:
                 logger.warning_once(
                     "`optimize_for_inference`: oneDNN's packed weights are missing here or not faster for this model; "

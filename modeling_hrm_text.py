@@ -41,6 +41,7 @@ from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin
 from .packed_hrm_text import PackedLinear  # noqa: F401
+from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .versions_hrm_text import static_capacity, tied_weights_keys
 
 

@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", nargs="+", type=int, help="prompt lengths of prefill")
     parser.add_argument("--rounds", type=int, help="how often each run is timed")
     parser.add_argument("--compile-layers", action="store_true", help="add the optimized model with a compiled layer")
-    parser.add_argument("--llama-cpp", metavar="DIR", help="folder of llama-bench and llama-quantize's converter")
+    parser.add_argument("--llama-cpp", metavar="DIR", help="folder of llama-bench; measured with decode")
     parser.add_argument("--output", type=Path, help="path of the JSON and PNG files, without suffix")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plots of an earlier run")
     # For the processes that the program starts itself.
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> int:
             if "agreement" in wanted:
                 step(f"{size}: agreement")
                 agree = bench.check_outputs() and agree
-            for name in wanted:
+            for name in sorted(wanted, key=SECTIONS.index):
                 if name == "agreement":
                     continue
                 step(f"{size}: {name}")
@@ -123,8 +123,8 @@ def measure(options: argparse.Namespace) -> int:
                     # Those run in processes of their own, and the models here would only take their room.
                     bench.models = {key: model.to("meta") for key, model in bench.models.items()}
                 getattr(bench, f"measure_{name}")()
-            if options.llama_cpp:
-                measure_llama(bench, Path(options.llama_cpp).expanduser(), torch.get_num_threads())
+                if name == "decode" and options.llama_cpp:
+                    measure_llama(bench, Path(options.llama_cpp).expanduser(), torch.get_num_threads())
             result["rows"] += bench.rows
             result["limits"][size] = bench.limits
             del bench
