@@ -67,7 +67,7 @@ ONE_BLOCK = [make_row((1, 7))]
 CONVERSATION = [make_row((1, 5), (0, 3), (1, 6))]
 PREFIX_AND_RESPONSE = [make_row((1, 5), (0, 4))]
 CAUSAL = [make_row((0, 8))]
-RAGGED = [make_row((1, 7)), make_row((1, 3)), make_row((1, 4), (0, 2), (1, 3))]
+RAGGED = [make_row((1, 7)), make_row((1, 3)), make_row((1, 9))]
 MIXED = [make_row((1, 6), (0, 3)), make_row((0, 5)), make_row((1, 2), (0, 3), (1, 4), (0, 2)), make_row((1, 8))]
 
 
@@ -226,22 +226,23 @@ def static(model: Any) -> Any:
 Mode = Callable[[Any], list[Answer]]
 
 FORWARD_MODES: dict[str, Mode] = {
-    "one row": lambda m: forward_padded(m, CONVERSATION, "left"),
+    "block + response + block": lambda m: forward_padded(m, CONVERSATION, "left"),
     "padded left": lambda m: forward_padded(m, MIXED, "left"),
     "padded right": lambda m: forward_padded(m, MIXED, "right"),
     "padded on both sides": lambda m: forward_padded(m, MIXED, "both"),
-    "one-block rows padded left": lambda m: forward_padded(m, [RAGGED[0], RAGGED[1]], "left"),
-    "padded left, no row with a block": lambda m: forward_padded(m, [CAUSAL[0], CAUSAL[0][:3]], "left"),
+    "one-block rows padded left": lambda m: forward_padded(m, RAGGED, "left"),
+    "causal rows padded left": lambda m: forward_padded(m, [CAUSAL[0], CAUSAL[0][:3]], "left"),
     "a row of padding alone, left": lambda m: forward_with_empty_row(m, MIXED, "left"),
     "a row of padding alone, right": lambda m: forward_with_empty_row(m, MIXED, "right"),
     "positions given": lambda m: forward_padded(m, MIXED, "left", positions_of),
     "positions given, padding at 1": lambda m: forward_padded(m, MIXED, "both", lambda mask: positions_of(mask, 0, 1)),
     "positions starting at 9": lambda m: forward_padded(m, MIXED, "right", lambda mask: positions_of(mask, 9)),
-    "without return_dict of a cache": lambda m: forward_padded(m, MIXED, "left", use_cache=False),
-    "embeddings": lambda m: forward_embeddings(m, MIXED),
+    "padded left, without a cache": lambda m: forward_padded(m, MIXED, "left", use_cache=False),
+    "embeddings, padded left": lambda m: forward_embeddings(m, MIXED),
     "packed": lambda m: forward_packed(m, MIXED),
     "packed, with a mask": lambda m: forward_packed(m, MIXED, mask=True),
     "packed, blocks meeting": lambda m: forward_packed(m, [ONE_BLOCK[0], RAGGED[1], CONVERSATION[0]]),
+    "packed, one block each": lambda m: forward_packed(m, RAGGED),
     "packed, plain causal": lambda m: forward_packed(m, [CAUSAL[0], CAUSAL[0][:3], make_row((0, 5))]),
     "packed, with padding between": lambda m: forward_packed(m, MIXED, pad=2),
     "block and response on a live cache": lambda m: forward_in_parts(m, MIXED, growing),
@@ -328,11 +329,15 @@ GENERATE_MODES: dict[str, Mode] = {
     "greedy, plain causal": lambda m: generated(m, CAUSAL),
     "ragged batch": lambda m: generated(m, RAGGED),
     "ragged batch of all layouts": lambda m: generated(m, MIXED),
+    "all layouts, without cache": lambda m: generated(m, MIXED, use_cache=False),
+    "all layouts, static cache": lambda m: generated(m, MIXED, cache_implementation="static"),
+    "all layouts, beam search": lambda m: generated(m, MIXED, num_beams=3),
+    "all layouts, sampling": lambda m: generated(m, MIXED, do_sample=True),
     "one new token": lambda m: generated(m, RAGGED, max_new_tokens=1),
     "without cache": lambda m: generated(m, RAGGED, use_cache=False),
     "dynamic cache": lambda m: generated(m, RAGGED, cache_implementation="dynamic"),
     "static cache": lambda m: generated(m, RAGGED, cache_implementation="static"),
-    "static cache, one row": lambda m: generated(m, CONVERSATION, cache_implementation="static"),
+    "static cache, block + response + block": lambda m: generated(m, CONVERSATION, cache_implementation="static"),
     "given DynamicCache": lambda m: generated(m, RAGGED, past_key_values=dynamic(m)),
     "given StaticCache": lambda m: generated(m, RAGGED, past_key_values=static(m)),
     "embeddings": lambda m: generated(m, RAGGED, embeddings=True),

@@ -73,17 +73,16 @@ MORE_MODES: dict[str, Callable[[Any], list[Answer]]] = {
 }
 # What the README shows of it.
 SUMMARY = (
-    "one row",
-    "padded left",
-    "packed",
+    "one-block rows padded left",
+    "block + response + block",
+    "packed, one block each",
     "packed, plain causal",
-    "block and response on a live cache",
-    "block and response on StaticCache",
     "flash attention, padded left",
+    "block and response on a live cache",
     "half of a block, then the rest, on a live cache",
     "greedy",
     "greedy, block + response + block",
-    "ragged batch of all layouts",
+    "ragged batch",
     "without cache",
     "static cache",
     "embeddings",
@@ -101,8 +100,8 @@ SUMMARY = (
 
 
 def all_modes() -> dict[str, Callable[[Any], list[Answer]]]:
-    """Every mode by its name; `embeddings` is a mode of both lists, and the one of `generate` keeps the name."""
-    return {**FORWARD_MODES, **GENERATE_MODES, **MORE_MODES}
+    """Every mode by its name; those of the forward pass first."""
+    return {**FORWARD_MODES, **MORE_MODES, **GENERATE_MODES}
 
 
 def outcome(reference: Any, model: Any, name: str, mode: Callable[[Any], list[Answer]]) -> str:
@@ -112,7 +111,8 @@ def outcome(reference: Any, model: Any, name: str, mode: Callable[[Any], list[An
         with torch.no_grad():
             answers = mode(model)
             off = deviation(reference, [answer for answer in answers if len(answer.logits)])
-            greedy = name in NOT_GREEDY or name in FORWARD_MODES or is_greedy(reference, answers)
+            decides = name in GENERATE_MODES or mode is with_continuous_batching
+            greedy = not decides or name in NOT_GREEDY or is_greedy(reference, answers)
     except (ValueError, NotImplementedError) as error:
         return f"refused: {str(error).split(':')[0].split('. ')[0]}"
     except Exception as error:  # what a user would meet, whatever it is
