@@ -136,8 +136,8 @@ def both_models(folder: str) -> tuple[Any, Any | None]:
     return ours, theirs
 
 
-def table(names: list[str]) -> tuple[str, bool]:
-    """The table in Markdown, and whether this port gave one answer, or a refusal, in every mode."""
+def table(names: list[str], brief: bool = False) -> tuple[str, bool]:
+    """The table in Markdown (`brief`: without the words of refusals), and whether this port gave one answer, or a refusal, in every mode."""
     modes = all_modes()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = both_models(folder)
@@ -147,6 +147,8 @@ def table(names: list[str]) -> tuple[str, bool]:
         here = outcome(ours, ours, name, modes[name])
         there = "no class of its own" if theirs is None else outcome(ours, theirs, name, modes[name])
         right = right and (here == "same" or here.startswith("refused"))
+        if brief:
+            here, there = here.split(":")[0], there.split(":")[0]
         lines.append(f"| {name} | {here} | {there} |")
     return "\n".join(lines) + "\n", right
 
@@ -168,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not names:
         parser.error(f"no mode has {options.only!r} in its name")
     logging.set_verbosity(logging.CRITICAL)
-    text, right = table(names)
+    text, right = table(names, brief=options.summary)
     if options.output is None:
         print(text, end="")
     else:
