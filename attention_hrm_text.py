@@ -38,6 +38,7 @@ class AttentionPlan:
         key_length: where set, only that many leading positions of a static cache are read.
         block_mask: the mask of flex attention.
         flash: the variable-length calls of flash attention.
+        products: whether single queries go through batched matrix products; None measures on the CPU.
     """
 
     backend: str
@@ -47,6 +48,7 @@ class AttentionPlan:
     key_length: int | None = None
     block_mask: Any = None
     flash: FlashPlan | None = None
+    products: bool | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
         """Copies the plan to another device, as the hooks of a model spread over devices ask."""
@@ -377,7 +379,8 @@ def _sdpa(
     plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
 ) -> torch.Tensor:
     if plan.block_queries is None:
-        if single_query_pays(query, key):
+        products = single_query_pays(query, key) if plan.products is None else plan.products
+        if products and query.shape[2] == 1:
             return single_query_attention(query, key, value, plan.mask, scaling)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=plan.mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
