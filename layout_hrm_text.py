@@ -52,7 +52,7 @@ def values_are_readable() -> bool:
 def _previous_real(real: torch.Tensor) -> torch.Tensor:
     """Index of the last real token before each token, -1 where there is none; [batch, tokens] -> the same shape."""
     index = torch.arange(real.shape[1], device=real.device)
-    last = torch.where(real, index, -1).cummax(dim=1).values
+    last = torch.where(real, index, -1).cummax(dim=1)[0]
     return F.pad(last[:, :-1], (1, 0), value=-1)
 
 
@@ -133,10 +133,10 @@ def infer_token_types(
     fresh = F.pad(ends[:, :-1], (1, 0), value=True)
     if sequence is not None:
         fresh = fresh | F.pad(sequence[:, 1:] != sequence[:, :-1], (1, 0), value=False)
-    start = torch.where(fresh, index, 0).cummax(dim=1).values
+    start = torch.where(fresh, index, 0).cummax(dim=1)[0]
     opened = opens.cumsum(dim=1)
     inside = opened > (opened - opens.long()).gather(1, start)
-    next_end = torch.where(ends, index, length).flip(1).cummin(dim=1).values.flip(1)
+    next_end = torch.where(ends, index, length).flip(1).cummin(dim=1)[0].flip(1)
     closed = next_end < length
     if sequence is not None:
         sequence = sequence.expand_as(input_ids)
