@@ -18,7 +18,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .cache_hrm_text import HrmTextCache
-from .layout_hrm_text import CacheRecord, find_sequences, infer_token_type_ids, refuse_split_envelope
+from .layout_hrm_text import (
+    CacheRecord,
+    find_sequences,
+    infer_token_type_ids,
+    refuse_split_envelope,
+    warn_types_are_ignored,
+)
 from .versions_hrm_text import VersionedGenerationMixin, cached_length, static_capacity
 
 
@@ -62,18 +68,18 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
     def _take_out_layout(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Replaces `token_type_ids` in `kwargs` by `prompt_token_types`, int64 [batch, cached + new prompt tokens]."""
-        if not self.config.prefix_lm:
-            kwargs.pop("prompt_token_types", None)
-            return
         if kwargs.get("prompt_token_types") is not None:
             # A call from inside `generate`: the main model hands its layout to an assistant.
             kwargs.pop("token_type_ids", None)
             return
         types = kwargs.pop("token_type_ids", None)
+        end = self.config.prefix_end_token_id if self.config.prefix_lm else None
+        if types is not None and not self.config.prefix_lm:
+            warn_types_are_ignored()
+            types = None
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         tokens = input_ids if embeds is None else embeds
-        end = self.config.prefix_end_token_id
         if tokens is None:
             # The library starts from a lone bos token, which is no block.
             if end is not None:
@@ -82,7 +88,12 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         batch, given = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = int(cached_length(cache))
-        whole = embeds is not None or _holds_whole_conversation(given, past, kwargs.get("attention_mask"))
+        whole = _holds_whole_conversation(given, past, kwargs.get("attention_mask"))
+        if embeds is not None and not whole:
+            raise ValueError(
+                f"`inputs_embeds` holds {given} tokens and the cache {past}: give the embeddings of the whole "
+                "conversation, the cached tokens too, or `input_ids`."
+            )
         total = given if whole else past + given
         if not whole and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones(batch, total, dtype=torch.long, device=tokens.device)
@@ -362,6 +373,11 @@ def _holds_whole_conversation(given: int, past: int, attention_mask: torch.Tenso
     """Whether ids of `given` tokens include the `past` ones of the cache, rather than only what follows them."""
     if attention_mask is None:
         return given > past
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"`attention_mask` has {attention_mask.ndim} dimensions: `generate` takes one of 2, [batch, tokens], with "
+            "0 at padding."
+        )
     covered = attention_mask.shape[1]
     if covered == given and given > past:
         return True

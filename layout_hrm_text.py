@@ -410,10 +410,7 @@ def _read_types(
                 f"`token_type_ids` is of {token_type_ids.dtype}: give integers, 1 for tokens of a prefix block."
             )
         if not config.prefix_lm:
-            logger.warning_once(
-                "`token_type_ids` were given and are ignored, because `config.prefix_lm` is False: the model reads "
-                "everything causally."
-            )
+            warn_types_are_ignored()
             return None, None
         return token_type_ids == 1, None
     if trusted or not config.prefix_lm or config.prefix_end_token_id is None or input_ids is None:
@@ -422,6 +419,14 @@ def _read_types(
     closed, still_open = infer_token_types(input_ids, bos, end, real, sequence)
     refuse_split_envelope(input_ids, end, real, sequence, record)
     return closed, still_open
+
+
+def warn_types_are_ignored() -> None:
+    """Says once that a model without PrefixLM has no use for types."""
+    logger.warning_once(
+        "`token_type_ids` were given and are ignored, because `config.prefix_lm` is False: the model reads everything "
+        "causally."
+    )
 
 
 def refuse_split_envelope(
@@ -528,4 +533,5 @@ __all__ = [
     "read_layout",
     "refuse_split_envelope",
     "values_are_readable",
+    "warn_types_are_ignored",
 ]

@@ -122,6 +122,10 @@ def positions_of(mask: torch.Tensor, first: int = 0, fill: int = 0) -> torch.Ten
     return torch.where(mask != 0, mask.cumsum(dim=1) - 1 + first, fill)
 
 
+def from_nine(mask: torch.Tensor) -> torch.Tensor:
+    return positions_of(mask, 9)
+
+
 def unpadded(rows: Sequence[Row], logits: torch.Tensor, mask: torch.Tensor) -> list[Answer]:
     return [Answer(row, 0, logits[i][mask[i] != 0]) for i, row in enumerate(rows)]
 
@@ -236,7 +240,7 @@ FORWARD_MODES: dict[str, Mode] = {
     "a row of padding alone, right": lambda m: forward_with_empty_row(m, MIXED, "right"),
     "positions given": lambda m: forward_padded(m, MIXED, "left", positions_of),
     "positions given, padding at 1": lambda m: forward_padded(m, MIXED, "both", lambda mask: positions_of(mask, 0, 1)),
-    "positions starting at 9": lambda m: forward_padded(m, MIXED, "right", lambda mask: positions_of(mask, 9)),
+    "positions starting at 9": lambda m: forward_padded(m, MIXED, "right", from_nine),
     "padded left, without a cache": lambda m: forward_padded(m, MIXED, "left", use_cache=False),
     "embeddings, padded left": lambda m: forward_embeddings(m, MIXED),
     "packed": lambda m: forward_packed(m, MIXED),
@@ -272,9 +276,18 @@ def answers_of(output: Any, rows: Sequence[Row], copies: int = 1) -> list[Answer
     return answers
 
 
-def generated(model: Any, rows: Sequence[Row], copies: int = 1, embeddings: bool = False, **arguments: Any) -> list:
+def generated(
+    model: Any,
+    rows: Sequence[Row],
+    copies: int = 1,
+    embeddings: bool = False,
+    positions: Callable | None = None,
+    **arguments: Any,
+) -> list[Answer]:
     """Answers of `generate` on the rows, padded on the left."""
     batch = padded(rows, "left")
+    if positions is not None:
+        batch["position_ids"] = positions(batch["attention_mask"])
     if embeddings:
         batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_return_sequences": copies, **arguments}
@@ -341,6 +354,15 @@ GENERATE_MODES: dict[str, Mode] = {
     "given DynamicCache": lambda m: generated(m, RAGGED, past_key_values=dynamic(m)),
     "given StaticCache": lambda m: generated(m, RAGGED, past_key_values=static(m)),
     "embeddings": lambda m: generated(m, RAGGED, embeddings=True),
+    "positions given": lambda m: generated(m, RAGGED, positions=positions_of),
+    "positions starting at 9": lambda m: generated(m, MIXED, positions=from_nine),
+    "positions starting at 9, static cache": lambda m: generated(
+        m, MIXED, positions=from_nine, cache_implementation="static"
+    ),
+    "positions starting at 9, in chunks": lambda m: generated(m, MIXED, positions=from_nine, prefill_chunk_size=3),
+    "positions starting at 9, assisted": lambda m: generated(
+        m, CONVERSATION, positions=from_nine, assistant_model=m, max_new_tokens=12, eos_token_id=0
+    ),
     "several returned samples": lambda m: generated(m, RAGGED, copies=3, do_sample=True),
     "sampling": lambda m: generated(m, RAGGED, do_sample=True, temperature=2.0),
     "sampling, static cache": lambda m: generated(m, RAGGED, do_sample=True, cache_implementation="static"),

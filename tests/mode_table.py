@@ -137,7 +137,12 @@ def both_models(folder: str) -> tuple[Any, Any | None]:
 
 
 def table(names: list[str], brief: bool = False) -> tuple[str, bool]:
-    """The table in Markdown (`brief`: without the words of refusals), and whether this port gave one answer, or a refusal, in every mode."""
+    """The table in Markdown, and whether this port gave one answer, or a refusal, in every mode.
+
+    Args:
+        names: of the modes, in order.
+        brief: leave out the words of refusals.
+    """
     modes = all_modes()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = both_models(folder)

@@ -105,6 +105,18 @@ def test_mask_of_another_width_on_a_cache(model, cache):
         model.generate(**padded([BLOCK]), past_key_values=live, max_new_tokens=1)
 
 
+def test_embeddings_of_new_tokens_alone(model):
+    live = model(torch.tensor([BLOCK.ids]), use_cache=True).past_key_values
+    embeds = model.get_input_embeddings()(torch.tensor([[30, 31]]))
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model.generate(inputs_embeds=embeds, past_key_values=live, max_new_tokens=1)
+
+
+def test_four_dimensional_mask_in_generate(model):
+    with pytest.raises(ValueError, match="dimensions"):
+        model.generate(torch.tensor([BLOCK.ids]), attention_mask=torch.ones(1, 1, 7, 7), max_new_tokens=1)
+
+
 def test_static_cache_too_small_for_a_forward(model):
     cache = StaticCache(config=model.config, max_cache_len=8)
     model(torch.tensor([BLOCK.ids]), past_key_values=cache, use_cache=True)
