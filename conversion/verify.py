@@ -146,7 +146,9 @@ def _in_memory(model_class: Any, config_class: Any, request: dict[str, Any], att
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = model_class(config).eval()
+        # Every weight is filled below, so that drawing random ones, a minute for a large model, is left out.
+        filled_later = type(model_class.__name__, (model_class,), {"_init_weights": lambda model, module: None})
+        model = filled_later(config).eval()
     finally:
         torch.set_default_dtype(default)
     state = model.state_dict()

@@ -4,10 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import save_file
+
+from conversion.errors import ConversionError
+from convert_weights import convert
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -157,3 +161,12 @@ def save_training_settings(folder: Path, **arch) -> None:
     metadata["vocab_size"] = VOCABULARY
     (folder / "all_config.yaml").write_text(yaml.dump(settings))
     (folder / "train_metadata.yaml").write_text(yaml.dump(metadata))
+
+
+def assert_refused(source: Path, match: str, **options) -> None:
+    """A conversion fails with one line that matches, and leaves nothing behind."""
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(ConversionError, match=match) as caught:
+        convert(source, source.parent / "output", verification=False, progress=False, **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(source.parent.rglob("*")) == before

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from conversion.errors import ConversionError
 from convert_weights import convert
 
-from .checkpoints import REFERENCE, published_config, published_tensors, save_published, split_tensors
+from .checkpoints import REFERENCE, assert_refused, published_config, published_tensors, save_published, split_tensors
 from .test_convert_output import snapshot
 
 
@@ -35,14 +35,6 @@ def training(tmp_path):
 @pytest.fixture
 def epoch(training):
     return training / "fsdp2_epoch_1"
-
-
-def assert_refused(source, match, **options):
-    before = sorted(source.parent.rglob("*"))
-    with pytest.raises(ConversionError, match=match) as caught:
-        convert(source, source.parent / "output", verification=False, progress=False, **options)
-    assert "\n" not in str(caught.value)
-    assert sorted(source.parent.rglob("*")) == before
 
 
 def test_truncated_rank(training, epoch):

@@ -14,10 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from conversion.errors import ConversionError
 from convert_weights import convert
 
-from .checkpoints import REFERENCE, published_config, published_tensors, save_published
+from .checkpoints import REFERENCE, assert_refused, published_config, published_tensors, save_published
 
 
 class Payload:
@@ -45,16 +44,6 @@ def training(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     return save_published(tmp_path / "model", shards=2)
-
-
-def assert_refused(source, match, **options):
-    """One line that names what is wrong; no output, and nothing left beside it."""
-    output = source.parent / "output"
-    before = sorted(source.parent.iterdir())
-    with pytest.raises(ConversionError, match=match) as caught:
-        convert(source, output, verification=False, progress=False, **options)
-    assert "\n" not in str(caught.value)
-    assert sorted(source.parent.iterdir()) == before
 
 
 def index_of(training):
