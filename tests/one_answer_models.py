@@ -12,3 +12,8 @@ def one_answer_model(seed: int = 0, **overrides: Any) -> Any:
     model = tiny_model(seed, **{"num_layers_per_stack": 1, "L_cycles": 1, **overrides})
     model.generation_config.eos_token_id = None
     return model
+
+
+def shallow_model(**overrides: Any) -> Any:
+    """One with two attention calls, for what is slow in each: compiling, exporting, flex attention on a processor."""
+    return one_answer_model(**{"H_cycles": 1, **overrides})

@@ -20,7 +20,7 @@ from .harness import (
     padded,
     reference_logits,
 )
-from .one_answer_models import one_answer_model
+from .one_answer_models import shallow_model
 
 
 # Attention of a response that goes through other kernels than the reference's may differ by more than one of float32.
@@ -38,14 +38,14 @@ GENERATE_SUBSET = (
 
 @pytest.fixture(scope="module")
 def reference():
-    return one_answer_model()
+    return shallow_model()
 
 
 @pytest.fixture
 def backend_model(request, monkeypatch):
     """A model with the backend of the test's parameter, switched to at run time."""
     name = request.param
-    model = one_answer_model()
+    model = shallow_model()
     if name.startswith("flash"):
         kernel = flash_stand_in if name.endswith("2") else flash_3_stand_in
         monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
@@ -95,7 +95,7 @@ def test_padding_is_finite_and_changes_nothing_in_half_precision(backend_model, 
 
 @torch.no_grad()
 def test_flash_by_a_name_of_the_kernels_hub(reference, monkeypatch):
-    model = one_answer_model()
+    model = shallow_model()
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
     monkeypatch.setattr(flash_utils, "_flash_varlen_fn", flash_stand_in, raising=False)
     model.config._attn_implementation = "kernels-community/flash-attn2"
@@ -105,7 +105,7 @@ def test_flash_by_a_name_of_the_kernels_hub(reference, monkeypatch):
 @torch.no_grad()
 def test_switching_at_run_time(reference):
     """One model goes through the backends and back, in the middle of a conversation on a live cache."""
-    model, row = one_answer_model(), CONVERSATION[0]
+    model, row = shallow_model(), CONVERSATION[0]
     live, answers = None, []
     for name, (begin, end) in zip(("eager", "flex_attention", "sdpa"), row.parts()):
         model.set_attn_implementation(name)

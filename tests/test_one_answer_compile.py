@@ -21,16 +21,11 @@ from .harness import (
     static,
     unpadded,
 )
-from .one_answer_models import one_answer_model
+from .one_answer_models import shallow_model
 
 
 ROW = CONVERSATION[0]
 WHOLE = ROW.followed_by(range(30, 36))
-
-
-def shallow_model():
-    """Two attention calls: compiling and exporting unroll them all."""
-    return one_answer_model(H_cycles=1)
 
 
 @pytest.fixture(scope="module")
