@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
 import unittest
 from types import ModuleType
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import transformers
 import transformers.utils
+from transformers.testing_utils import slow
 
 from tests.transformers_suite import distributed
 from tests.transformers_suite.testers import OURS, HrmTextTester, load_classes, selected
@@ -176,8 +178,9 @@ class HrmTextSuite(
         ):
             super().test_retain_grad_hidden_states_attentions()
 
+    @slow
     def test_torch_compile_for_training(self):
-        # Changed: a parameter that never trains has a zero gradient to compare, not none at all.
+        # Changed: it runs on the CPU too, and a parameter that never trains has a zero gradient to compare, not none.
         if self._torch_compile_train_cls is None:
             self.skipTest("the library's class sets no `_torch_compile_train_cls`")
 
@@ -190,7 +193,7 @@ class HrmTextSuite(
             return model
 
         with mock.patch.object(type(self), "_torch_compile_train_cls", staticmethod(build)):
-            super().test_torch_compile_for_training()
+            inspect.unwrap(ModelTesterMixin.test_torch_compile_for_training)(self)
 
     if IS_OURS:
 
@@ -212,3 +215,15 @@ class HrmTextSuite(
             # Changed: the reference gradient of gqkv_proj is cut into four packed parts, not two or one.
             with distributed.four_part_reference_gradients():
                 super().test_tp_backward()
+
+
+# A version of transformers that lacks a test has nothing to override.
+for _name in (
+    "test_load_with_mismatched_shapes",
+    "test_model_weights_reload_no_missing_tied_weights",
+    "test_retain_grad_hidden_states_attentions",
+    "test_torch_compile_for_training",
+    "test_tp_backward",
+):
+    if _name in vars(HrmTextSuite) and not hasattr(super(HrmTextSuite, HrmTextSuite), _name):
+        delattr(HrmTextSuite, _name)
