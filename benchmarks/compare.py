@@ -19,7 +19,8 @@ from benchmarks.plots import draw
 from benchmarks.sections import QUICK, Bench, Plan, first_compiled_token, peak_memory
 
 
-SECTIONS = ("agreement", "prefill", "decode", "training", "memory", "compile")
+SECTIONS = ("agreement", "prefill", "decode", "training", "cache", "memory", "compile")
+QUICK_SECTIONS = SECTIONS[:3]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 EPILOG = """examples:
@@ -97,9 +98,7 @@ def measure(options: argparse.Namespace) -> int:
     result["machine"] = describe_machine(options.device, torch.get_num_threads())
     if not library_is_there():
         tqdm.write("this transformers has no HRM-Text class (it came with 5.9): only our own figures are measured")
-    wanted = options.only or [
-        name for name in SECTIONS if name in ("agreement", "prefill", "decode") or getattr(plan, name)
-    ]
+    wanted = options.only or (QUICK_SECTIONS if options.quick else SECTIONS)
     with tqdm(total=len(options.size) * (len(wanted) + 2), unit="section", file=sys.stderr) as progress:
 
         def step(name: str) -> None:

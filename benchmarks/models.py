@@ -16,12 +16,14 @@ LIBRARY, OURS, OPTIMIZED, COMPILED = "library", "ours", "optimized", "optimized 
 # Fields that differ from the defaults of the config, which are the 1B's.
 SIZES: dict[str, dict[str, Any]] = {
     "1b": {},
+    # Of `training/nano.py`, but for the context, which is long enough for every figure.
     "nano": {
-        "vocab_size": 2048,
-        "hidden_size": 160,
-        "intermediate_size": 512,
-        "num_layers_per_stack": 3,
-        "num_attention_heads": 5,
+        "vocab_size": 665,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_layers_per_stack": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 128**-0.5,
         "max_position_embeddings": 4096,
     },
 }
@@ -51,17 +53,18 @@ def build_ours(config: Any, dtype: torch.dtype, device: str, seed: int = 0) -> A
     """Our causal LM with normal weights of standard deviation `initializer_range`, in eval mode."""
     model = _empty(our_class("modeling_hrm_text.HrmTextForCausalLM"), config, dtype, device)
     generator = torch.Generator().manual_seed(seed)
-    # One block of random numbers, repeated: drawing 1.2 billion would take longer than the quick run.
-    block = torch.randn(_BLOCK + 61, generator=generator).mul_(config.initializer_range).to(dtype)
-    shift = 0
+    # One block of random numbers, read from a random place each time: drawing 1.2 billion would take longer than the
+    # quick run, and layers that are alike would blow up the rounding of bfloat16.
+    block = torch.randn(2 * _BLOCK, generator=generator).to(dtype)
     for name, parameter in model.named_parameters():
+        std = 1.0 if name.endswith("z_L_init") else config.initializer_range
+        if name.endswith("down_proj.weight"):
+            std *= (config.hidden_size / config.intermediate_size) ** 0.5
         flat = parameter.data.view(-1)
         for start in range(0, flat.numel(), _BLOCK):
             part = flat[start : start + _BLOCK]
-            part.copy_(block[shift % 61 : shift % 61 + part.numel()])
-            shift += 7
-        if name.endswith("z_L_init"):
-            parameter.data.div_(config.initializer_range)
+            place = int(torch.randint(_BLOCK, (), generator=generator))
+            part.copy_(block[place : place + part.numel()]).mul_(std)
     return model
 
 

@@ -9,10 +9,12 @@ from benchmarks.models import COMPILED, LIBRARY, OPTIMIZED, OURS
 
 
 _COLOURS = {LIBRARY: "#9aa5b1", OURS: "#3f7fbf", OPTIMIZED: "#e07a2f", COMPILED: "#b5482a", "llama.cpp": "#5f9e6e"}
+_OTHERS = ("#6b7a8f", "#8d6b94", "#b185a7", "#c3a29e")
 _TITLES = {
     "prefill": "Prefill of one prompt",
     "decode": "Decoding, one step",
     "training": "Training step",
+    "cache": "Decoding with quantized caches",
     "memory": "Peak memory above the weights",
     "compile": "First compiled token",
 }
@@ -56,7 +58,8 @@ def draw(result: dict[str, Any], output: Path) -> list[Path]:
 
 def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    variants = [name for name in _COLOURS if any(row["variant"] == name for row in rows)]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    colours = {name: _COLOURS.get(name, _OTHERS[i % len(_OTHERS)]) for i, name in enumerate(variants)}
     width = 0.8 / len(variants)
     scale, unit = (1e9, "GB") if rows[0]["unit"] == "bytes" else (1, "seconds")
     for i, variant in enumerate(variants):
@@ -67,7 +70,7 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
                     places.append(place + (i - (len(variants) - 1) / 2) * width)
                     heights.append(row["median"] / scale)
                     labels.append(f"{row['times_library']:.1f}x" if row.get("times_library") else "")
-        bars = axis.bar(places, heights, width * 0.92, color=_COLOURS[variant], label=variant)
+        bars = axis.bar(places, heights, width * 0.92, color=colours[variant], label=variant)
         axis.bar_label(bars, labels, fontsize=7, padding=1)
     for place, case in enumerate(cases):
         limit = next((row["limit"] for row in rows if row["case"] == case and "limit" in row), None)

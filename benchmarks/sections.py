@@ -28,10 +28,12 @@ from benchmarks.models import (
     filled_cache,
     library_is_there,
 )
+from benchmarks.quantized import measure_quantized
 
 
-# Norm of the difference of logits over the norm of the library's.
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+# Norm of the difference of logits over the norm of the library's. In bfloat16, with random weights and 128 layer calls,
+# either class is some 6 % away from the logits of float32.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 5e-2}
 
 
 @dataclass
@@ -43,8 +45,7 @@ class Plan:
         decode: pairs of batch size and context.
         rounds: how often each run is timed after its warm-up.
         steps: tokens in one timed run of decoding.
-        training: rows and tokens of the training step, None to leave it out.
-        memory, compile: whether peak memory and the first compiled token are measured.
+        training: rows and tokens of the training step.
     """
 
     prefill: tuple[int, ...] = (128, 512, 1024, 2048)
@@ -53,14 +54,10 @@ class Plan:
     )
     rounds: int = 5
     steps: int = 2
-    training: tuple[int, int] | None = (2, 512)
-    memory: bool = True
-    compile: bool = True
+    training: tuple[int, int] = (2, 512)
 
 
-QUICK = Plan(
-    prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2, steps=2, training=None, memory=False, compile=False
-)
+QUICK = Plan(prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2)
 
 
 @dataclass
@@ -278,6 +275,10 @@ class Bench:
         self.note(
             "training", f"{rows} rows of {tokens}", interleaved(self.device, runs, min(3, self.plan.rounds)), None
         )
+
+    def measure_cache(self) -> None:
+        """transformers' quantized caches beside our own."""
+        measure_quantized(self)
 
     def measure_memory(self) -> None:
         """Peak memory above the weights, each case in a process of its own."""

@@ -21,6 +21,7 @@ from benchmarks.models import (
     filled_cache,
     library_is_there,
 )
+from benchmarks.quantized import cache_bytes, tensor_bytes
 from benchmarks.sections import Bench, Plan
 
 from .tiny import ROOT
@@ -51,7 +52,7 @@ def test_costs_of_the_1b_are_those_of_the_design():
 def test_both_classes_share_the_weights():
     ours = build_ours(config_of("nano"), torch.float32, "cpu")
     library = build_library(ours)
-    ids = torch.randint(12, 2000, (1, 24))
+    ids = torch.randint(12, 600, (1, 24))
     types = (torch.arange(24) < 16).long()[None]
     with torch.no_grad():
         wanted = library(ids, token_type_ids=types).logits
@@ -74,6 +75,16 @@ def test_a_filled_cache_decodes(variant):
         logits = model(torch.tensor([[20], [21]]), past_key_values=cache, use_cache=True).logits
     assert cache.get_seq_length() == 10
     assert bool(logits.isfinite().all())
+
+
+def test_bytes_of_quantized_tensors_are_counted():
+    whole = torch.zeros(4, 8)
+    assert tensor_bytes(whole) == 128
+    assert tensor_bytes({"a": (whole, [torch.zeros(2, dtype=torch.uint8)]), "b": "text"}) == 130
+    model = build_ours(config_of("nano"), torch.float32, "cpu")
+    cache = filled_cache(OURS, model, 1, 64)
+    exact = 64 * 2 * model.config.num_hidden_layers * 128 * 4
+    assert exact <= cache_bytes(cache) <= 1.6 * exact
 
 
 def test_runs_take_turns():

@@ -211,6 +211,27 @@ def test_rows_are_bucketed(batch, rows):
     assert sibling(tiny_model(), "decoding_hrm_text").bucket_rows(batch) == rows
 
 
+@pytest.mark.parametrize("products", [False, True])
+def test_a_compiled_layer_serves_the_static_steps(short_buckets, products):
+    plain = one_answer_model()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    short_buckets._set_compile_options((("backend", backend), ("dynamic", False), ("fullgraph", True)))
+    call = {"token_type_ids": TYPES, "max_new_tokens": 7, **GREEDY}
+    short_buckets.generate(IDS, **{**call, "max_new_tokens": 3})
+    for bucket in short_buckets._decoder._buckets.values():
+        bucket.plan.products = products
+    assert_same_logits(short_buckets.generate(IDS, **call), plain.generate(IDS, **call))
+    # One graph for each capacity and attention, whatever the layer, the slot and the step.
+    assert 1 <= len(graphs) <= 3
+    torch._dynamo.reset()
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
