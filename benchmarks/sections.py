@@ -31,8 +31,8 @@ from benchmarks.models import (
 from benchmarks.quantized import measure_quantized
 
 
-# Norm of the difference of logits over the norm of the library's. In bfloat16, with random weights and 128 layer calls,
-# either class is some 6 % away from the logits of float32.
+# Norm of the difference of logits over the norm of the library's. In bfloat16, with random weights and 128 layer
+# calls, either class is some 6 % away from the logits of float32.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 5e-2}
 
 
