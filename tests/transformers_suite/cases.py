@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import os
 import sys
 import unittest
 from types import ModuleType
@@ -33,6 +34,10 @@ from transformers_tests.test_modeling_common import (  # noqa: E402
     ids_tensor,
 )
 
+
+if os.environ.get("HRM_TEXT_SUITE_FLOAT32"):
+    # Every use of half precision in the tests goes through these names.
+    torch.bfloat16 = torch.float16 = torch.half = torch.float32
 
 IMPLEMENTATION, VARIANT = selected()
 CLASSES = load_classes(IMPLEMENTATION)

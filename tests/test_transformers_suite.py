@@ -1,0 +1,109 @@
+"""The runner of transformers' own tests: how it fills holes in their source, and how it judges what ran."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .transformers_suite.report import FAILED, PASSED, SKIPPED, Outcome, differences, render, succeeded
+from .transformers_suite.source import PACKAGE, assemble, checkout_tests
+
+
+def outcomes(**statuses: str) -> dict[str, Outcome]:
+    return {test: Outcome(test, status, reason="because") for test, status in statuses.items()}
+
+
+def test_differences_by_what_each_side_did():
+    ours = outcomes(same=PASSED, lost=FAILED, quiet=SKIPPED, broken=FAILED, gained=PASSED, new=PASSED)
+    library = outcomes(same=PASSED, lost=PASSED, quiet=PASSED, broken=FAILED, gained=SKIPPED)
+    lost, failing, gained = differences(ours, library)
+    assert [o.test for o in lost] == ["lost", "quiet"]
+    assert [o.test for o in failing] == ["broken"]
+    assert [o.test for o in gained] == ["gained"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "library", "good"),
+    [
+        (PASSED, PASSED, True),
+        (SKIPPED, SKIPPED, True),
+        (FAILED, FAILED, True),
+        (PASSED, FAILED, True),
+        (SKIPPED, PASSED, False),
+        (FAILED, PASSED, False),
+        (FAILED, SKIPPED, False),
+    ],
+)
+def test_success_is_measured_against_the_library(ours, library, good):
+    assert succeeded({"half": {"ours": outcomes(t=ours), "library": outcomes(t=library)}}) is good
+    if ours == FAILED:
+        # Without a baseline nothing excuses a failure.
+        assert not succeeded({"half": {"ours": outcomes(t=ours)}})
+
+
+@pytest.mark.parametrize(("variant", "in_float32", "good"), [("half-0.1", PASSED, True), ("half", PASSED, False)])
+def test_rounding_is_excused_where_weights_are_large(variant, in_float32, good):
+    ours = outcomes(t=FAILED)
+    ours["t"].in_float32 = in_float32
+    results = {variant: {"ours": ours, "library": outcomes(t=PASSED)}}
+    assert succeeded(results) is good
+    assert "in float32: passed" in render("5.23.0", [], results)
+    ours["t"].in_float32 = FAILED
+    assert not succeeded(results)
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def run(folder: Path, code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_holes_are_filled_and_named(tmp_path):
+    tests = write(
+        tmp_path / "tests",
+        {
+            "test_modeling_common.py": "from .generation.test_utils import MixinOfTests\nfrom .here import X\n",
+            "test_other.py": "from .utils.settings import common_kwargs\nfrom .generation.test_utils import Second\n",
+            "here.py": "X = 1\n",
+        },
+    )
+    standins = assemble(tests, tmp_path / "out")
+    assert [str(standin) for standin in standins] == [
+        "tests/generation/test_utils.py (empty): MixinOfTests, Second",
+        "tests/utils/settings.py (empty): common_kwargs",
+        "tests/utils/tiny_model_summary.json (empty): tiny checkpoints for the pipeline tests",
+    ]
+    code = f"from {PACKAGE} import test_modeling_common as a, test_other as b\n"
+    code += "print(a.X, a.MixinOfTests.__name__, b.common_kwargs)"
+    assert run(tmp_path / "out", code) == "1 MixinOfTests {}"
+
+
+def test_a_checkout_brings_its_own(tmp_path):
+    write(
+        tmp_path / "checkout" / "tests",
+        {
+            "test_modeling_common.py": "from .generation.test_utils import GenerationTesterMixin\n",
+            "generation/__init__.py": "",
+            "generation/test_utils.py": "class GenerationTesterMixin:\n    real = True\n",
+            "utils/tiny_model_summary.json": "{}",
+        },
+    )
+    tests = checkout_tests(tmp_path / "checkout")
+    assert assemble(tests, tmp_path / "out") == []
+    code = f"from {PACKAGE}.test_modeling_common import GenerationTesterMixin as g; print(g.real)"
+    assert run(tmp_path / "out", code) == "True"
+
+
+def test_a_folder_without_the_tests_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkout of the transformers repository"):
+        checkout_tests(tmp_path)
