@@ -203,9 +203,11 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        # "dynamic_full" is how assistants ask for a cache without sliding windows; ours has none.
+        # "dynamic_full" is how assistants ask for a cache without sliding windows; ours has none. Transformers 5.0
+        # makes no cache by default and leaves it to the model, which is too late for chunks.
         default = getattr(generation_config, "cache_implementation", None) in (None, "dynamic_full")
-        if given is None and default and type(cache) is DynamicCache:
+        wanted = generation_config.use_cache is not False and (cache is None or type(cache) is DynamicCache)
+        if given is None and default and wanted:
             model_kwargs["past_key_values"] = HrmTextCache(config=self.config)
         capacity = static_capacity(cache)
         if capacity is None or generation_config.max_length is None:
