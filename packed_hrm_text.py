@@ -104,7 +104,7 @@ def packing_pays(weight: torch.Tensor) -> bool:
             lambda: torch.ops.mkldnn._linear_pointwise.default(row, packed, None, "none", [], ""),
         )
         plain, ours = (run().float() for run in runs)
-    except (RuntimeError, NotImplementedError):
+    except (AttributeError, RuntimeError):
         return False
     if not torch.allclose(plain, ours, rtol=2e-2, atol=2e-2 * float(plain.abs().max())):
         return False
