@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from conversion.errors import ConversionError
+from conversion.sources import open_source
 from convert_weights import convert
 
 from .checkpoints import REFERENCE, assert_refused, published_config, published_tensors, save_published, split_tensors
@@ -256,6 +257,24 @@ def test_a_pipe_does_not_hang(tmp_path, training, epoch):
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")
     assert_refused(source, "no model.safetensors")
+
+
+@pytest.mark.parametrize("form", ["training", "model"])
+def test_files_that_fail_while_they_are_read(tmp_path, training, form):
+    """They were whole when the checkpoint was opened."""
+    source = training if form == "training" else save_published(tmp_path / "model")
+    file = source / ("fsdp2_epoch_1/__0_0.distcp" if form == "training" else "model.safetensors")
+    opened = open_source(source)
+    content = file.read_bytes()
+    file.write_bytes(content[:4000])
+    with pytest.raises(ConversionError, match=f"{file.name} (is damaged|became shorter)"):
+        opened.read("lm_head.weight")
+    file.unlink()
+    with pytest.raises(ConversionError, match=f"{file.name} cannot be read .No such file"):
+        opened.read("lm_head.weight")
+    file.mkdir()
+    with pytest.raises(ConversionError, match=f"{file.name} cannot be read .Is a directory"):
+        opened.read("lm_head.weight")
 
 
 def test_options_of_a_training_checkpoint_do_not_apply_to_others(tmp_path):
