@@ -24,6 +24,7 @@ from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin  # noqa: F401
 from .modeling_hrm_text import HrmTextModel, HrmTextPreTrainedModel
 from .packed_hrm_text import PackedLinear  # noqa: F401
+from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .versions_hrm_text import PreTrainedConfig  # noqa: F401
 
 
