@@ -1,4 +1,4 @@
-"""generate.py, run as a user runs it."""
+"""generate.py, the command behind `make run`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from generate import main
+
 from .serving import QUESTIONS, explicit_answer, make_folder
 from .tiny import ROOT
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("cli") / "model")
+    return str(make_folder(tmp_path_factory.mktemp("cli") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -24,48 +26,53 @@ def loaded(folder):
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)],
+def test_it_prints_the_answer_and_nothing_else(folder, loaded):
+    model, tokenizer = loaded
+    (answer,) = explicit_answer(model, tokenizer, tokenizer.encode_prompt(QUESTIONS[0], return_tensors="pt"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), QUESTIONS[0], "--model", folder],
         capture_output=True,
         text=True,
         cwd=os.path.expanduser("~"),
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
+    assert (done.returncode, done.stdout) == (0, answer + "\n"), done.stderr
 
 
-def test_it_prints_the_answer_and_nothing_else(folder, loaded):
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "streamed"])
+def test_condition_length_device_and_stream(folder, loaded, capsys, stream):
     model, tokenizer = loaded
     question = "What is <|im_end|> 1?"
     encoding = tokenizer.encode_prompt(question, "synth,cot", return_tensors="pt")
     (answer,) = explicit_answer(model, tokenizer, encoding, max_new_tokens=7)
-    arguments = (question, "--model", folder, "--condition", "synth,cot", "--max-new-tokens", 7, "--device", "cpu")
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (0, answer + "\n"), done.stderr
-    assert run(*arguments, "--stream").stdout == answer + "\n"
-
-
-def test_the_defaults_are_the_models(folder, loaded):
-    model, tokenizer = loaded
-    (answer,) = explicit_answer(model, tokenizer, tokenizer.encode_prompt(QUESTIONS[0], return_tensors="pt"))
-    assert run(QUESTIONS[0], "--model", folder).stdout == answer + "\n"
+    options = ["--condition", "synth,cot", "--max-new-tokens", "7", "--device", "cpu", *stream]
+    assert main([question, "--model", folder, *options]) == 0
+    assert capsys.readouterr().out == answer + "\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "message"),
     [
-        (["q", "--condition", "loud"], 1, "known are direct, cot, noisy, synth"),
-        (["q", "--model", "/nonexistent/folder"], 1, "/nonexistent/folder"),
-        (["q", "--max-new-tokens", "0"], 2, "at least 1"),
-        ([], 2, "question"),
+        (["--condition", "loud"], "known are direct, cot, noisy, synth"),
+        (["--model", "/nonexistent/folder"], "/nonexistent/folder"),
+        (["--device", "warp:7"], "warp"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, arguments, code, message):
-    done = run(*arguments, *([] if "--model" in arguments else ["--model", folder]))
-    assert done.returncode == code and done.stdout == ""
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_what_is_wrong_is_said_in_one_line(folder, capsys, arguments, message):
+    assert main(["question", *(arguments if "--model" in arguments else ["--model", folder, *arguments])]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err.splitlines()[-1]
+    assert printed.err.splitlines()[-1].startswith("error: ")
 
 
-def test_help_shows_examples():
-    done = run("--help")
-    assert done.returncode == 0 and "examples:" in done.stdout and "--condition" in done.stdout
+@pytest.mark.parametrize(("arguments", "message"), [([], "question"), (["q", "--max-new-tokens", "0"], "at least 1")])
+def test_wrong_arguments_exit_with_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0 and "examples:" in capsys.readouterr().out
