@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers.generation import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
 
 OLDEST, NEWEST = "4.57.6", "5.23.0"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(5, 24, 0) for "5.24.0.dev0"."""
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split("."))
 
 
 def check_version(installed: str) -> None:
@@ -26,12 +31,12 @@ def check_version(installed: str) -> None:
         ImportError: older than the oldest supported release.
     """
     tested = f"this code was tested with transformers {OLDEST} to {NEWEST}"
-    if Version(installed) < Version(OLDEST):
+    if _release(installed) < _release(OLDEST):
         raise ImportError(
             f"HRM-Text needs transformers {OLDEST} or newer and {installed} is installed ({tested}): "
             f"`pip install --upgrade 'transformers>={OLDEST}'`."
         )
-    if Version(installed).release[:2] > Version(NEWEST).release[:2]:
+    if _release(installed)[:2] > _release(NEWEST)[:2]:
         # One name for every copy of this file that remote code loads, so that the warning comes once.
         transformers_logging.get_logger("transformers_modules.hrm_text").warning_once(
             f"transformers {installed} is installed, and {tested}. Should something fail, install {NEWEST}."

@@ -65,7 +65,7 @@ def test_too_new_is_named_once(caplog, monkeypatch):
 
 
 def test_this_version_is_one_of_those_promised():
-    oldest, newest = Version(check_version.__globals__["OLDEST"]), Version(check_version.__globals__["NEWEST"])
+    oldest, newest = (Version(check_version.__globals__[name]) for name in ("OLDEST", "NEWEST"))
     assert oldest <= Version(transformers.__version__) <= newest
 
 
