@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conversion.output import AUTO_CLASSES
@@ -32,6 +33,14 @@ def save_nano(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
             holds the modules, gets the model's own four files only.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        max_new_tokens=128,
+    )
     with TemporaryDirectory(dir=folder) as temporary:
         # Greedy, and not the 20 tokens that are the library's default.
         model.generation_config.update(do_sample=False, max_new_tokens=model.config.max_position_embeddings // 4)

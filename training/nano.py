@@ -7,16 +7,19 @@ command goes on from the last checkpoint.
 """
 
 import argparse
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -31,12 +34,12 @@ from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
 VOCABULARY = 665
 HIDDEN = 128
 TOKENS_PER_STEP = 2048
-STEPS = 12000
+# How many pools of questions, and for each task its share of them and the part that is asked for a direct answer.
+Stages = tuple[tuple[int, dict[str, tuple[float, float]]], ...]
 # Questions are drawn in pools and sorted by length within them.
 POOL = 4096
-# In stages: for each task its share of the questions and the part of it that is asked for a direct answer. Numbers
-# come first, since their columns take longest to find; then what has few tokens to learn from gets more questions.
-STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
+# Numbers come first, since their columns take longest to find; then what has few tokens to learn from gets more.
+STAGES: Stages = (
     (
         64,
         {
@@ -77,15 +80,61 @@ STAGES: tuple[tuple[int, dict[str, tuple[float, float]]], ...] = (
         },
     ),
 )
-RECIPE = Recipe(
-    learning_rate=5e-3,
-    warmup_steps=100,
-    optimizer="muon",
-    decay_from=0.6,
-    floor=0.02,
-    weight_decay=0.1,
-    average=0.998,
-    gradient_warmup=2 / 15,
+# Then once more, from the last weights: a short phase with a lower peak, its average over fewer steps.
+POLISH: Stages = (
+    (
+        sys.maxsize,
+        {
+            "addition": (10, 0.75),
+            "subtraction": (18, 0.7),
+            "multiplication": (18, 0.75),
+            "comparison": (8, 0.2),
+            "sorting": (20, 0.47),
+            "reversal": (12, 0.35),
+            "letters": (20, 0.5),
+            "story": (16, 0.7),
+        },
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the training with a schedule and questions of its own."""
+
+    steps: int
+    recipe: Recipe
+    stages: Stages
+
+
+PHASES = (
+    Phase(
+        10000,
+        Recipe(
+            learning_rate=5e-3,
+            warmup_steps=100,
+            optimizer="muon",
+            decay_from=0.78,
+            floor=0.02,
+            weight_decay=0.1,
+            average=0.998,
+            gradient_warmup=0.16,
+        ),
+        STAGES,
+    ),
+    Phase(
+        1500,
+        Recipe(
+            learning_rate=1.5e-3,
+            warmup_steps=50,
+            optimizer="muon",
+            floor=0.02,
+            weight_decay=0.1,
+            average=0.99,
+            gradient_warmup=0.0,
+        ),
+        POLISH,
+    ),
 )
 LOGGING_STEPS = 50
 PROBE_STEPS = 500
@@ -124,15 +173,16 @@ class QuestionGroups(IterableDataset):
     Args:
         tokenizer: Nano's.
         seed: the same seed gives the same groups in the same order.
+        stages: what is asked how often.
     """
 
-    def __init__(self, tokenizer: Any, seed: int):
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, tokenizer: Any, seed: int, stages: Stages = STAGES):
+        self.tokenizer, self.seed, self.stages = tokenizer, seed, stages
 
     def __iter__(self) -> Iterator[list[Example]]:
         rng = Random(self.seed)
         direct, cot = CONDITIONS
-        for stage, (pools, shares) in enumerate(STAGES):
+        for stage, (pools, shares) in enumerate(self.stages):
             weights = [weight for weight, _ in shares.values()]
             stream = questions(self.seed + 1000 * stage, held_out=False, tasks=list(shares), weights=weights)
             for _ in range(pools):
@@ -188,16 +238,15 @@ class Probe(TrainerCallback):
         self.trainer.log(right)
 
 
-def train(work: Path, steps: int, seed: int) -> tuple[HrmTextTrainer, Any]:
-    """Trains, or goes on with training, in a work folder; returns the trainer, average weights in place."""
-    set_seed(seed)
-    tokenizer = make_tokenizer()
-    model = load_class("modeling_hrm_text.HrmTextForCausalLM")(make_config())
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {steps} steps", flush=True)
+def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> list[torch.Tensor]:
+    """Trains for a phase, or goes on with it; returns the average of every trained parameter."""
     resume = last_checkpoint(work)
+    if resume is not None and resume.name == f"checkpoint-{phase.steps}":
+        model.load_state_dict(load_file(resume / "model.safetensors"))
+        return torch.load(resume / "average_0.pt", weights_only=True)
     arguments = TrainingArguments(
         output_dir=str(work),
-        max_steps=steps,
+        max_steps=phase.steps,
         per_device_train_batch_size=1,
         logging_steps=LOGGING_STEPS,
         save_steps=SAVE_STEPS,
@@ -212,8 +261,8 @@ def train(work: Path, steps: int, seed: int) -> tuple[HrmTextTrainer, Any]:
     trainer = HrmTextTrainer(
         model,
         arguments,
-        RECIPE,
-        QuestionGroups(tokenizer, seed),
+        phase.recipe,
+        QuestionGroups(tokenizer, seed, phase.stages),
         PrefixLMCollator(tokenizer.pad_token_id),
         resume=resume,
         callbacks=[],
@@ -221,8 +270,18 @@ def train(work: Path, steps: int, seed: int) -> tuple[HrmTextTrainer, Any]:
     probe.trainer = trainer
     trainer.add_callback(probe)
     trainer.run()
-    trainer.average.swap(model)
-    return trainer, tokenizer
+    return trainer.average.average
+
+
+def joined_log(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The logs of the phases one after the other, steps and seconds counted through."""
+    entries: list[dict[str, Any]] = []
+    for folder in folders:
+        base = entries[-1] if entries else {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+        for entry in read_log(folder / LOG_FILE):
+            counted = {name: round(entry[name] + base[name], 1) for name in ("step", "seconds", "cpu_seconds")}
+            entries.append({**entry, **counted})
+    return entries
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -234,17 +293,29 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the model, ready to load")
     parser.add_argument("--work", type=Path, help="folder of checkpoints and log (default OUTPUT-training)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--part", type=float, default=1.0, help="part of the steps, for a trial (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of questions and weights (default %(default)s)")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: give at least 1")
+    if not 0 < options.part <= 1:
+        parser.error(f"--part {options.part}: give a number above 0 and up to 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = options.output.resolve()
     work = options.work or output.with_name(output.name + "-training")
-    trainer, tokenizer = train(work, options.steps, options.seed)
-    save_nano(trainer.model, tokenizer, output)
-    plot_curves(read_log(work / LOG_FILE), work / "curves.png")
+    set_seed(options.seed)
+    tokenizer = make_tokenizer()
+    model = load_class("modeling_hrm_text.HrmTextForCausalLM")(make_config())
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
+    folders = [work / f"phase-{number}" for number in range(1, len(PHASES) + 1)]
+    for number, (phase, folder) in enumerate(zip(PHASES, folders)):
+        phase = replace(phase, steps=max(1, round(options.part * phase.steps)))
+        average = train(model, tokenizer, phase, folder, options.seed + 10000 * number)
+    with torch.no_grad():
+        for parameter, mean in zip((each for each in model.parameters() if each.requires_grad), average):
+            parameter.copy_(mean)
+    save_nano(model, tokenizer, output)
+    log = joined_log(folders)
+    (work / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    plot_curves(log, work / "curves.png")
     print(f"{output}: the model; {work}: log and curves")
     return 0
 
