@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 from .serving import NEW_TOKENS, QUESTIONS, explicit_answer, make_folder
+from .tiny import ROOT
 
 
 CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -150,3 +151,12 @@ def test_text_without_an_envelope_is_warned_about(pipe, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert "<|im_start|>" in caplog.text and "encode_prompt" in caplog.text
+
+
+def test_nano_answers_a_chat_and_a_prompt():
+    nano = pipeline("text-generation", model=str(ROOT), trust_remote_code=True)
+    chat = [{"role": "user", "content": "What is 48 + 27?"}]
+    assert new_text(nano(chat)) == "75"
+    assert new_text(nano(chat, tokenizer_encode_kwargs={"condition": "synth,cot"})).endswith("The answer is 75.")
+    prompt = nano.tokenizer.build_prompt("What is 48 + 27?")
+    assert nano(prompt, return_full_text=False)[0]["generated_text"] == "75"
