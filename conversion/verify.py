@@ -146,9 +146,10 @@ def _in_memory(model_class: Any, config_class: Any, request: dict[str, Any], att
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        # Every weight is filled below, so that drawing random ones, a minute for a large model, is left out.
-        filled_later = type(model_class.__name__, (model_class,), {"_init_weights": lambda model, module: None})
-        model = filled_later(config).eval()
+        # Every weight is filled below: this process, which ends soon, need not draw random ones for a minute.
+        base = next(ancestor for ancestor in model_class.__mro__ if "_init_weights" in vars(ancestor))
+        base._init_weights = lambda model, module: None
+        model = model_class(config).eval()
     finally:
         torch.set_default_dtype(default)
     state = model.state_dict()
