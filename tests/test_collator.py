@@ -143,9 +143,7 @@ def test_json_lines_and_datasets_give_the_same_rows(tmp_path):
         list(read_rows(tmp_path / "test"))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"), [("{", "not JSON"), ("[1]", "a row must be a JSON object")]
-)
+@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ("[1]", "a row must be a JSON object")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "response": "b"}\n' + line + "\n")
