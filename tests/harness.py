@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 
@@ -67,6 +66,7 @@ ONE_BLOCK = [make_row((1, 7))]
 CONVERSATION = [make_row((1, 5), (0, 3), (1, 6))]
 PREFIX_AND_RESPONSE = [make_row((1, 5), (0, 4))]
 CAUSAL = [make_row((0, 8))]
+REPEATING = [Row((30, 31, 32, 33, 30, 31, 32, 34, 30, 31), (1,) * 10)]
 RAGGED = [make_row((1, 7)), make_row((1, 3)), make_row((1, 9))]
 MIXED = [make_row((1, 6), (0, 3)), make_row((0, 5)), make_row((1, 2), (0, 3), (1, 4), (0, 2)), make_row((1, 8))]
 
@@ -403,10 +403,3 @@ GENERATE_MODES: dict[str, Mode] = {
 }
 # Modes whose tokens are drawn or ranked, so that they need not be the most likely ones.
 NOT_GREEDY = tuple(name for name in GENERATE_MODES if "beam" in name or "sampl" in name)
-
-REPEATING = [Row((30, 31, 32, 33, 30, 31, 32, 34, 30, 31), (1,) * 10)]
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over the labels of one row, [tokens, vocab] and [tokens], of the loss that training minimises."""
-    return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
