@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
-# An entry module names every module that it reaches: transformers before 5.16 copies no others from a folder.
+# An entry module names every module that it reaches: transformers before 5.10 copies no others from a folder.
 from .attention_hrm_text import AttentionPlan  # noqa: F401
 from .cache_hrm_text import HrmTextCache  # noqa: F401
 from .configuration_hrm_text import HrmTextConfig

@@ -63,7 +63,7 @@ def test_what_the_copier_of_remote_code_sees(module):
 
 
 def test_the_entry_modules_name_everything_they_reach():
-    """transformers before 5.16 copies only what an entry module imports itself."""
+    """transformers before 5.10 copies only what an entry module imports itself."""
     for entry in ("modeling_hrm_text", "heads_hrm_text"):
         if entry in MODULES:
             assert reached(entry) - {entry} == relative_imports(MODULES[entry]), entry
