@@ -96,21 +96,6 @@ POLISH: Stages = (
         },
     ),
 )
-SUBTRACTION: Stages = (
-    (
-        sys.maxsize,
-        {
-            "addition": (8, 0.8),
-            "subtraction": (40, 0.9),
-            "multiplication": (15, 0.8),
-            "comparison": (4, 0.3),
-            "sorting": (10, 0.4),
-            "reversal": (6, 0.5),
-            "letters": (6, 0.5),
-            "story": (12, 0.7),
-        },
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -149,19 +134,6 @@ PHASES = (
             gradient_warmup=0.0,
         ),
         POLISH,
-    ),
-    Phase(
-        1100,
-        Recipe(
-            learning_rate=1.5e-3,
-            warmup_steps=50,
-            optimizer="muon",
-            floor=0.01,
-            weight_decay=0.1,
-            average=0.99,
-            gradient_warmup=0.0,
-        ),
-        SUBTRACTION,
     ),
 )
 LOGGING_STEPS = 50
