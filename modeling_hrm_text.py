@@ -130,13 +130,17 @@ class HrmTextAttention(nn.Module):
         # [batch, tokens, 4, heads, head_dim]; heads are counted from the matrix, which may hold a part of them only.
         gqkv = self.gqkv_proj(hidden_states).view(batch, tokens, 4, -1, self.head_dim)
         cos, sin = (table[:, :, None, None] for table in position_embeddings)
-        query, key = rotate(gqkv[:, :, 1:3], cos, sin).permute(2, 0, 3, 1, 4)
-        value = gqkv[:, :, 3].transpose(1, 2)
+        gate, query_key, value = gqkv.split((1, 2, 1), dim=2)
+        query, key = rotate(query_key, cos, sin).permute(2, 0, 3, 1, 4)
+        value = value.squeeze(2).transpose(1, 2)
+        if value.requires_grad:
+            # A copy, or backward would keep gate, query and key in memory along with it.
+            value = value.contiguous()
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, slot, cache_kwargs)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(plan, query, key, value, self.scaling, dropout, self)
-        output = output * gqkv[:, :, 0].sigmoid()
+        output = output * gate.squeeze(2).sigmoid()
         return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
 
