@@ -93,7 +93,7 @@ def test_bfloat16_checkpointing_and_no_average(folder, data, tmp_path):
     options = ("--bf16", "--gradient-checkpointing", "--average", "0", "--max-steps", "4", "--held-out", "0")
     assert main(command(folder, data, output, *options)) == 0
     assert losses(output)[-1] < losses(output)[0]
-    assert load(output).dtype == torch.float32  # as it came
+    assert load(output).dtype == torch.float32 and load(output).config.use_cache  # as it came
     assert not (output / "raw").exists()
 
 

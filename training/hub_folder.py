@@ -34,6 +34,7 @@ def save_nano(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
+    config.use_cache = True  # the trainer switches it off
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,

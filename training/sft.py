@@ -81,6 +81,7 @@ def save(trainer: HrmTextTrainer, tokenizer: Any, folder: Path, origin: Path, dt
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         if not hasattr(model, "peft_config"):
             model.config.dtype = dtype
+            model.config.use_cache = True  # the trainer switches it off
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         for module in origin.glob("*_hrm_text.py"):
