@@ -47,6 +47,8 @@ class _ReadsWholeText:
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
         """
@@ -73,6 +75,8 @@ class _ReadsWholeText:
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             **kwargs,
         )
 
