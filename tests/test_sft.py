@@ -100,7 +100,24 @@ def test_bfloat16_checkpointing_and_no_average(folder, data, tmp_path):
 def test_lora_adapters_load_merge_and_unload(folder, data, tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     output = tmp_path / "adapter"
-    assert main(command(folder, data, output, "--lora", "4", "--max-steps", "6", "--held-out", "0.1")) == 0
+    assert (
+        main(
+            command(
+                folder,
+                data,
+                output,
+                "--lora",
+                "4",
+                "--max-steps",
+                "12",
+                "--learning-rate",
+                "1e-2",
+                "--held-out",
+                "0.1",
+            )
+        )
+        == 0
+    )
     assert losses(output)[-1] < losses(output)[0]
     assert not list(output.glob("model*.safetensors"))
     prompt = tokenizer.encode_prompt("What is 4 + 5?", return_tensors="pt")
