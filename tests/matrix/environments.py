@@ -55,15 +55,20 @@ def make_environment(wanted: str, home: Path) -> Environment:
     """
     folder = home / f"transformers-{wanted}-python{sys.version_info.major}.{sys.version_info.minor}"
     python = folder / "bin" / "python"
-    if not (folder / "ready").is_file():
+    ready = (folder / "ready").is_file()
+    if not ready:
         venv.EnvBuilder(with_pip=False, clear=True).create(folder)
-        site = Path(_run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
-        # Entries of a .pth come after the environment's own folder, so what is installed here wins.
-        shared = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-        (site / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+    # Entries of a .pth come after the environment's own folder, so what is installed there wins. Written every time:
+    # another checkout, with a base environment of its own, may have made the folder.
+    site = Path(_run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
+    shared = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    (site / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+    if not ready:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        # torch is named so that no version of transformers can bring another one.
-        _run([*pip, f"transformers=={wanted}", "accelerate", f"torch=={version('torch').split('+')[0]}"])
+        # torch is named so that no version of transformers can bring another one, and datasets so that its release
+        # fits the huggingface_hub that the version wants: the library's Trainer imports it.
+        torch = f"torch=={version('torch').split('+')[0]}"
+        _run([*pip, f"transformers=={wanted}", "accelerate", "datasets", torch])
         (folder / "ready").touch()
     packages = _releases(python)
     if packages["transformers"] != wanted:
