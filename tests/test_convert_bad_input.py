@@ -334,9 +334,12 @@ def start(source):
         os._exit(0)
     return child
 
-began = time.monotonic()
-assert os.waitpid(start({first!r}), 0)[1] == 0
-duration = time.monotonic() - began
+durations = []
+for _ in range(3):  # the first finds cold files, and a kill after the end would try nothing
+    began = time.monotonic()
+    assert os.waitpid(start({first!r}), 0)[1] == 0
+    durations.append(time.monotonic() - began)
+duration = min(durations)
 chance = random.Random(0)
 killed = 0
 for number in range(50):
