@@ -35,7 +35,7 @@ from .attention_hrm_text import AttentionPlan, attend, prepare_attention
 from .cache_hrm_text import HrmTextCache, OneSlot
 from .configuration_hrm_text import HrmTextConfig
 from .decoding_hrm_text import StaticDecoder  # noqa: F401
-from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.16 copies what the entry module imports)
+from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.10 copies what the entry module imports)
 from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import TokenLayout  # noqa: F401
@@ -437,11 +437,11 @@ class HrmTextModel(HrmTextPreTrainedModel):
             for step in range(L_cycles):
                 with torch.set_grad_enabled(grad and step >= L_cycles - L_bp[h]):
                     inputs = _carry_gradient(z_L.to(z_H.device) + z_H)
-                    z_L = self.L_module(inputs, *shared[:2], shared[2], slot, cache_kwargs, recorder)
+                    z_L = self.L_module(inputs, *shared, slot, cache_kwargs, recorder)
                 slot += layers
             with torch.set_grad_enabled(grad and h >= H_cycles - H_bp):
                 inputs = _carry_gradient(z_H + z_L.to(z_H.device))
-                z_H = self.H_module(inputs, *shared[:2], shared[2], slot, cache_kwargs, recorder)
+                z_H = self.H_module(inputs, *shared, slot, cache_kwargs, recorder)
             slot += layers
         return z_H
 
