@@ -31,7 +31,7 @@ class AttentionPlan:
     Attributes:
         backend: "eager", "sdpa", "flex_attention" or "flash".
         mask: bool [batch or 1, 1, queries or 1, keys], True where the query sees the key; None where `is_causal` says
-            it all.
+            it all. A caller's own 4-D mask may hold floats, which are added to the scores.
         is_causal: with no mask, whether query i sees keys 0..i (True) or everything (False).
         block_queries: where set, that many leading queries see the cache and one another, and only the remaining ones
             use `mask`. This is prefix + response without a dense mask.
@@ -140,13 +140,21 @@ def _choose_backend(config: Any, needs_weights: bool) -> str:
 
 
 def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> AttentionPlan:
-    """A plan that follows a caller's 4-D mask, bool (True sees) or additive."""
+    """A plan that follows a caller's 4-D mask, bool (True sees) or floats that are added to the scores."""
     if backend not in ("eager", "sdpa"):
         raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"a 4-D `attention_mask` of {mask.dtype} could mean a 1 that is seen or a 1 that is added to a score: give "
+            "`mask.bool()`, True where a query sees a key, or floats that are added."
+        )
     # Rows that see nothing are padding; they may see anything, since nothing sees them.
-    visible = visible | ~visible.any(dim=-1, keepdim=True)
-    return AttentionPlan(backend, mask=visible, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
+    if mask.dtype is torch.bool:
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
+    else:
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        mask = mask.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
+    return AttentionPlan(backend, mask=mask, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
 
 
 # ---- from a layout to a plan -------------------------------------------------------------------------------------
@@ -379,11 +387,14 @@ def _sdpa(
     plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
 ) -> torch.Tensor:
     if plan.block_queries is None:
+        mask = plan.mask
+        if mask is not None and mask.dtype is not torch.bool:
+            mask = mask.to(query.dtype)
         products = single_query_pays(query, key) if plan.products is None else plan.products
         if products and query.shape[2] == 1:
-            return single_query_attention(query, key, value, plan.mask, scaling)
+            return single_query_attention(query, key, value, mask, scaling)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=plan.mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
         )
     lead = plan.block_queries
     seen = key.shape[2] - query.shape[2] + lead
@@ -424,8 +435,10 @@ def _eager(
     plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = query @ key.transpose(2, 3) * scaling
-    if plan.mask is not None:
+    if plan.mask is not None and plan.mask.dtype is torch.bool:
         scores = scores.masked_fill(~plan.mask, torch.finfo(scores.dtype).min)
+    elif plan.mask is not None:
+        scores = scores + plan.mask.to(scores.dtype)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     return (weights @ value).transpose(1, 2), weights

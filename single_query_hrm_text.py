@@ -28,7 +28,8 @@ def single_query_attention(
     Args:
         query: [batch, heads, 1, head_dim].
         key, value: [batch, heads, keys, head_dim], also views of a longer storage.
-        mask: bool, broadcasting to [batch, heads, 1, keys], True where the query sees the key; None for all.
+        mask: broadcasting to [batch, heads, 1, keys]; bool, True where the query sees the key, or floats that are added
+            to the scores; None for all.
         scaling: factor on the scores.
 
     Returns:
@@ -39,7 +40,7 @@ def single_query_attention(
     scores = torch.bmm(key.flatten(0, 1), query.reshape(batch * heads, head_dim, 1)).view(batch, heads, 1, -1).float()
     scores = scores * scaling
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
     weights = scores.softmax(dim=-1).to(value.dtype)
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
 

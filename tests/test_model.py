@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,23 @@ def test_embeddings_and_positions():
     for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match="input_ids"):
             model(**wrong)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_floats_of_a_whole_mask_are_added(backend):
+    """log 2 on a key counts it twice, as a second copy of the token at its position would."""
+    model = tiny_model(attn_implementation=backend)
+    a, b, c = 20, 30, 40
+    everything = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    twice = model(
+        torch.tensor([[a, b, b, c]]), attention_mask=everything, position_ids=torch.tensor([[0, 1, 1, 2]])
+    ).logits[:, [0, 1, 3]]
+    bias = torch.zeros(1, 1, 3, 3)
+    bias[..., 1] = math.log(2)
+    once = model(torch.tensor([[a, b, c]]), attention_mask=bias).logits
+    torch.testing.assert_close(once, twice, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="bool"):
+        model(torch.tensor([[a, b, c]]), attention_mask=bias.long())
 
 
 def test_logits_to_keep_and_labels():
