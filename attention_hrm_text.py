@@ -145,7 +145,7 @@ def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> A
         raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"a 4-D `attention_mask` of {mask.dtype} could mean a 1 that is seen or a 1 that is added to a score: give "
+            f"a 4-D `attention_mask` of {mask.dtype} could mean a 1 that is seen or one that is added: give "
             "`mask.bool()`, True where a query sees a key, or floats that are added."
         )
     # Rows that see nothing are padding; they may see anything, since nothing sees them.

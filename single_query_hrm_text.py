@@ -28,8 +28,8 @@ def single_query_attention(
     Args:
         query: [batch, heads, 1, head_dim].
         key, value: [batch, heads, keys, head_dim], also views of a longer storage.
-        mask: broadcasting to [batch, heads, 1, keys]; bool, True where the query sees the key, or floats that are added
-            to the scores; None for all.
+        mask: broadcasting to [batch, heads, 1, keys]; bool, True where the query sees the key, or floats that are
+            added to the scores; None for all.
         scaling: factor on the scores.
 
     Returns:
