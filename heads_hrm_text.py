@@ -48,7 +48,7 @@ class _ReadsWholeText:
         labels: torch.Tensor | None = None,
         use_cache: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
         """

@@ -228,15 +228,25 @@ class HrmTextStack(nn.Module):
 class _Recorder:
     """Collects what `output_hidden_states` and `output_attentions` return, in slot order."""
 
-    def __init__(self, hidden_states: bool, attentions: bool):
-        self.hidden_states: list[torch.Tensor] | None = [] if hidden_states else None
+    def __init__(self, hidden_states: bool | int | list[int], attentions: bool, calls: int):
+        self.hidden_states: list[torch.Tensor | None] | None = [] if hidden_states else None
         self.attentions: list[torch.Tensor | None] | None = [] if attentions else None
+        count = calls + 1  # the last hidden state comes after those of all calls
+        indices = [] if not hidden_states else [hidden_states] if isinstance(hidden_states, int) else hidden_states
+        if hidden_states is True:
+            indices = range(count)
+        if not all(-count <= i < count for i in indices):
+            raise ValueError(f"`output_hidden_states` is {hidden_states!r}: give True or indices below {count}.")
+        self.wanted = {i % count for i in indices}
 
     def note(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
         if self.hidden_states is not None:
-            self.hidden_states.append(inputs)
+            self.note_hidden_state(inputs)
         if self.attentions is not None:
             self.attentions.append(weights)
+
+    def note_hidden_state(self, hidden_state: torch.Tensor) -> None:
+        self.hidden_states.append(hidden_state if len(self.hidden_states) in self.wanted else None)
 
 
 class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
@@ -253,6 +263,7 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HrmTextDecoderLayer, "attentions": HrmTextAttention}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -344,7 +355,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         trusted_layout: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -360,7 +371,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
             inputs_embeds: [batch, tokens, hidden], before scaling.
             use_cache: whether to return a cache; None takes the config's.
             output_attentions: return the attention weights of every call (through the eager backend).
-            output_hidden_states: return the input of every layer call, in slot order, and the last hidden state.
+            output_hidden_states: return the input of every layer call, in slot order, and the last hidden state; or
+                the indices of those to keep, with None in place of the others.
             trusted_layout: the caller has checked the layout of the whole prompt; no values are read for checks.
 
         Raises:
@@ -402,7 +414,9 @@ class HrmTextModel(HrmTextPreTrainedModel):
             cache_kwargs = {"cache_position": cache_position}
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         recorder = (
-            _Recorder(output_hidden_states, output_attentions) if output_hidden_states or output_attentions else None
+            _Recorder(output_hidden_states, output_attentions, self.config.num_hidden_layers)
+            if output_hidden_states or output_attentions
+            else None
         )
 
         z_H = self._recur(
@@ -412,7 +426,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
             recorder,
         )
         if recorder is not None and output_hidden_states:
-            recorder.hidden_states.append(z_H)
+            recorder.note_hidden_state(z_H)
         return BaseModelOutputWithPast(
             last_hidden_state=z_H,
             past_key_values=past_key_values if use_cache else None,
@@ -506,7 +520,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         trusted_layout: bool = False,
         **kwargs: Any,

@@ -127,6 +127,18 @@ def test_outputs():
     assert model(IDS, use_cache=False).past_key_values is None
 
 
+def test_chosen_hidden_states():
+    model = tiny_model()
+    last = model.config.num_hidden_layers
+    every = model(IDS, output_hidden_states=True).hidden_states
+    for chosen, kept in ((3, {3}), ([0, 5, -1], {0, 5, last}), ([-2], {last - 1})):
+        states = model(IDS, output_hidden_states=chosen).hidden_states
+        assert {i for i, state in enumerate(states) if state is not None} == kept and len(states) == last + 1
+        assert all(torch.equal(states[i], every[i]) for i in kept)
+    with pytest.raises(ValueError, match=f"`output_hidden_states` is .*below {last + 1}"):
+        model(IDS, output_hidden_states=[last + 1])
+
+
 def test_embeddings_and_positions():
     model = tiny_model()
     logits = model(IDS).logits
