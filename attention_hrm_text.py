@@ -355,16 +355,18 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    gate: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
     module: torch.nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of the new tokens over the cache and themselves.
+    """Gated attention of the new tokens over the cache and themselves.
 
     Args:
         plan: of `plan_attention`.
         query: [batch, heads, queries, head_dim].
         key, value: [batch, heads, keys, head_dim].
+        gate: [batch, queries, heads, head_dim]; its sigmoid is a factor on the output.
         scaling: factor on the scores.
         dropout: probability of dropping an attention weight.
         module: the calling layer, which transformers' flex attention asks for.
@@ -375,27 +377,36 @@ def attend(
     if plan.key_length is not None:
         key, value = key[:, :, : plan.key_length], value[:, :, : plan.key_length]
     if plan.backend == "eager":
-        return _eager(plan, query, key, value, scaling, dropout)
+        output, weights = _eager(plan, query, key, value, scaling, dropout)
+        return output * gate.sigmoid(), weights
     if plan.backend == FLASH:
-        return flash_attend(plan.flash, query, key, value, scaling, dropout), None
+        return flash_attend(plan.flash, query, key, value, scaling, dropout) * gate.sigmoid(), None
     if plan.backend == "flex_attention":
-        return _flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2), None
-    return _sdpa(plan, query, key, value, scaling, dropout).transpose(1, 2), None
+        return _flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2) * gate.sigmoid(), None
+    parts = [part.transpose(1, 2) for part in _sdpa(plan, query, key, value, scaling, dropout)]
+    if len(parts) == 1:
+        return parts[0] * gate.sigmoid(), None
+    # Gated before they are joined: backward keeps each part for the attention that made it, and would keep what is
+    # joined besides, for the gate.
+    factors = gate.sigmoid().split([part.shape[1] for part in parts], dim=1)
+    return torch.cat([part * factor for part, factor in zip(parts, factors)], dim=1), None
 
 
 def _sdpa(
     plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
+    """[batch, heads, queries, head_dim], in one part or in two: the queries of the block and the rest."""
     if plan.block_queries is None:
         mask = plan.mask
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.to(query.dtype)
         products = single_query_pays(query, key) if plan.products is None else plan.products
         if products and query.shape[2] == 1:
-            return single_query_attention(query, key, value, mask, scaling)
-        return F.scaled_dot_product_attention(
+            return (single_query_attention(query, key, value, mask, scaling),)
+        output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
         )
+        return (output,)
     lead = plan.block_queries
     seen = key.shape[2] - query.shape[2] + lead
     block = F.scaled_dot_product_attention(
@@ -404,7 +415,7 @@ def _sdpa(
     rest = F.scaled_dot_product_attention(
         query[:, :, lead:], key, value, attn_mask=plan.mask, dropout_p=dropout, scale=scaling
     )
-    return torch.cat([block, rest], dim=2)
+    return block, rest
 
 
 def _flex(

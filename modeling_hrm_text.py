@@ -139,8 +139,7 @@ class HrmTextAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, slot, cache_kwargs)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(plan, query, key, value, self.scaling, dropout, self)
-        output = output * gate.squeeze(2).sigmoid()
+        output, weights = attend(plan, query, key, value, gate.squeeze(2), self.scaling, dropout, self)
         return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
 

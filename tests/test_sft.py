@@ -164,7 +164,7 @@ def test_two_processes_at_two_gradient_steps_are_one(folder, data, tmp_path):
     "more", [(), ("--lora", "4"), ("--gradient-steps", "2", "2"), ("--packed", "--length", "128")]
 )
 def test_two_processes(folder, data, tmp_path, more):
-    options = ("--max-steps", "4", "--held-out", "0.1", *more.split())
+    options = ("--max-steps", "4", "--held-out", "0.1", *more)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     arguments = command(folder, data, tmp_path / "two", *options)
     subprocess.run(
