@@ -20,11 +20,14 @@ Source of the architecture: the HRM-Text paper and its training code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -286,6 +289,11 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, partial(_with_gradient, gradient_checkpointing_func), **kwargs)
+
     def set_gradient_steps(self, bp_steps: int | None) -> None:
         """Sets through how many trailing module calls training backpropagates, H calls first.
 
@@ -311,6 +319,11 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
         model = next(module for module in self.modules() if isinstance(module, HrmTextModel))
         H_bp, L_bp = model.gradient_calls
         return H_bp + sum(L_bp)
+
+
+def _with_gradient(checkpointing: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoints a layer call that carries gradient; others have nothing to keep, and torch would warn of them."""
+    return checkpointing(layer, *args) if torch.is_grad_enabled() else layer(*args)
 
 
 def _truncated_normal(tensor: torch.Tensor, std: float) -> None:
