@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .flash_hrm_text import FlashPlan, flash_attend, plan_flash
 from .layout_hrm_text import TokenLayout, infer_token_type_ids, read_layout, values_are_readable
+from .operations_hrm_text import gated
 from .single_query_hrm_text import single_query_attention, single_query_pays
 from .versions_hrm_text import flash_kernel, is_flash, static_capacity
 
@@ -378,18 +379,18 @@ def attend(
         key, value = key[:, :, : plan.key_length], value[:, :, : plan.key_length]
     if plan.backend == "eager":
         output, weights = _eager(plan, query, key, value, scaling, dropout)
-        return output * gate.sigmoid(), weights
+        return gated(output, gate), weights
     if plan.backend == FLASH:
-        return flash_attend(plan.flash, query, key, value, scaling, dropout) * gate.sigmoid(), None
+        return gated(flash_attend(plan.flash, query, key, value, scaling, dropout), gate), None
     if plan.backend == "flex_attention":
-        return _flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2) * gate.sigmoid(), None
+        return gated(_flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2), gate), None
     parts = [part.transpose(1, 2) for part in _sdpa(plan, query, key, value, scaling, dropout)]
     if len(parts) == 1:
-        return parts[0] * gate.sigmoid(), None
+        return gated(parts[0], gate), None
     # Gated before they are joined: backward keeps each part for the attention that made it, and would keep what is
     # joined besides, for the gate.
-    factors = gate.sigmoid().split([part.shape[1] for part in parts], dim=1)
-    return torch.cat([part * factor for part, factor in zip(parts, factors)], dim=1), None
+    gates = gate.split([part.shape[1] for part in parts], dim=1)
+    return torch.cat([gated(*pair) for pair in zip(parts, gates)], dim=1), None
 
 
 def _sdpa(

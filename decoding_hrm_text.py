@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .attention_hrm_text import AttentionPlan
 from .cache_hrm_text import HrmTextCache
 from .layout_hrm_text import CacheRecord, values_are_readable
+from .operations_hrm_text import rotary_tables
 
 
 logger = logging.get_logger(__name__)
@@ -80,7 +81,7 @@ class _Bucket:
         self.mask.index_fill_(3, self.index, True)
         network = model.model
         embeds = network.embed_tokens(self.input_ids)
-        tables = network.rotary_emb(embeds, self.position_ids)
+        tables = rotary_tables(*network.rotary_emb(embeds, self.position_ids))
         z_H = network._recur(embeds * model.config.embedding_scale, (tables, self.plan, self.slots), None, None)
         return model.lm_head(z_H)
 

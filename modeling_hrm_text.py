@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,6 +42,7 @@ from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin
+from .operations_hrm_text import norm, rotary_tables, rotate, swiglu
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .versions_hrm_text import static_capacity, tied_weights_keys
@@ -52,22 +52,6 @@ logger = logging.get_logger(__name__)
 
 # Standard deviation of a unit normal cut at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
-
-
-def norm(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm without a weight over the last dimension."""
-    return F.rms_norm(hidden_states, (hidden_states.shape[-1],), eps=eps)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in float32, cast back to the dtype of x.
-
-    Args:
-        x: [..., head_dim], halves paired as (i, i + head_dim / 2).
-        cos, sin: float32, broadcasting to [..., head_dim / 2].
-    """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class HrmTextRotaryEmbedding(nn.Module):
@@ -132,9 +116,8 @@ class HrmTextAttention(nn.Module):
         batch, tokens, _ = hidden_states.shape
         # [batch, tokens, 4, heads, head_dim]; heads are counted from the matrix, which may hold a part of them only.
         gqkv = self.gqkv_proj(hidden_states).view(batch, tokens, 4, -1, self.head_dim)
-        cos, sin = (table[:, :, None, None] for table in position_embeddings)
         gate, query_key, value = gqkv.split((1, 2, 1), dim=2)
-        query, key = rotate(query_key, cos, sin).permute(2, 0, 3, 1, 4)
+        query, key = rotate(query_key, position_embeddings).permute(2, 0, 3, 1, 4)
         value = value.squeeze(2).transpose(1, 2)
         if value.requires_grad:
             # A copy, or backward would keep gate, query and key in memory along with it.
@@ -157,7 +140,7 @@ class HrmTextMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class HrmTextDecoderLayer(GradientCheckpointingLayer):
@@ -424,7 +407,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
             if cache_position is None:
                 cache_position = torch.arange(tokens, device=inputs_embeds.device) + past_key_values.get_seq_length()
             cache_kwargs = {"cache_position": cache_position}
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids))
         recorder = (
             _Recorder(output_hidden_states, output_attentions, self.config.num_hidden_layers)
             if output_hidden_states or output_attentions

@@ -1,0 +1,82 @@
+"""The elementwise operations of a layer: norm, rotary embedding, SwiGLU, and the gate of attention.
+
+Each has a form that autograd, compilers and CUDA take. On the CPU without gradients a second one writes into memory
+that is at hand and needs fewer kernels, since there every kernel is a pass over memory, or for one token a call whose
+code has to be fetched again after all the weights in between. Both round alike: statistics, angles and products are
+float32, and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def _in_place_pays(x: torch.Tensor) -> bool:
+    """Whether the second form is to be taken. A subclass of tensors may only pretend to be on the CPU."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.dtype is not torch.float64
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm without a weight over the last dimension: x / sqrt(mean(x^2) + eps)."""
+    width = x.shape[-1]
+    if not _in_place_pays(x):
+        return F.rms_norm(x, (width,), eps=eps)
+    if x.numel() == width and eps > 0:
+        length = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+        return x * (length * length / width + eps) ** -0.5
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+    return torch.mul(wide, scale, out=wide if wide is not x else None).to(x.dtype)
+
+
+def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors that `rotate` takes, made once for all layers.
+
+    Args:
+        cos, sin: float32 [batch or 1, tokens, head_dim / 2].
+
+    Returns:
+        cos twice, and -sin and sin, each [batch or 1, tokens, 1, 1, head_dim].
+    """
+    return torch.cat((cos, cos), dim=-1)[:, :, None, None], torch.cat((-sin, sin), dim=-1)[:, :, None, None]
+
+
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embedding in float32, cast back to the dtype of x.
+
+    Args:
+        x: [batch, tokens, kinds, heads, head_dim], halves paired as (i, i + head_dim / 2).
+        tables: of `rotary_tables`.
+    """
+    cos, sin = tables
+    half = x.shape[-1] // 2
+    if x.shape[1] == 1 or not _in_place_pays(x):
+        wide = x.float()
+        return torch.addcmul(wide * cos, wide.roll(half, dims=-1), sin).to(x.dtype)
+    cos, sin = cos[..., :half], sin[..., half:]
+    first, second = x[..., :half].float(), x[..., half:].float()
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rotated[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    rotated[..., half:] = (second * cos).addcmul_(first, sin)
+    return rotated
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of one shape."""
+    return F.silu(gate).mul_(up) if _in_place_pays(gate) else F.silu(gate) * up
+
+
+def gated(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """output * sigmoid(gate), of one shape."""
+    return gate.sigmoid().mul_(output) if _in_place_pays(gate) else output * gate.sigmoid()
+
+
+__all__ = ["gated", "norm", "rotary_tables", "rotate", "swiglu"]
