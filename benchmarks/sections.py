@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -31,9 +32,9 @@ from benchmarks.models import (
 from benchmarks.quantized import measure_quantized
 
 
-# Norm of the difference of logits over the norm of the library's. In bfloat16, with random weights and 128 layer
-# calls, either class is some 6 % away from the logits of float32.
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 5e-2}
+# Norm of the difference from the logits of float32, over their norm: at most this far, or at most so many times as far
+# as the library's class is, which rounds at other places.
+AGREEMENT, AGREEMENT_TIMES = 1e-4, 1.25
 
 
 @dataclass
@@ -153,28 +154,34 @@ class Bench:
 
     @torch.inference_mode()
     def check_outputs(self) -> bool:
-        """Whether the logits of a prefix of 32 tokens and a response of 16 agree between all variants."""
+        """Whether the logits of a prefix of 32 tokens and a response of 16 agree between all variants.
+
+        Each is compared with float32: the library's class where that is the dtype that is measured, else our model,
+        which the tests hold to the library's.
+        """
         config = self.models[OURS].config
         ids = torch.randint(12, config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(2)).to(self.device)
         types = (torch.arange(48, device=self.device) < 32).long()[None]
         logits = {name: model(ids, token_type_ids=types).logits.float() for name, model in self.models.items()}
-        reference = logits.get(LIBRARY, logits[OURS])
-        agree = True
-        for name, values in logits.items():
-            error = float((values - reference).norm() / reference.norm())
-            same = float((values.argmax(-1) == reference.argmax(-1)).float().mean())
-            fine = error <= AGREEMENT[self.dtype] and bool(values.isfinite().all())
-            agree = agree and fine
-            row = {
-                "size": self.size,
-                "section": "agreement",
-                "case": "logits",
-                "variant": name,
-                "unit": "relative error",
-            }
-            self.rows.append({**row, "median": error, "same_argmax": same, "fine": fine})
-            self.say(f"{self.size:5} agreement of {name}: relative error {error:.1e}, same best token {same:.0%}")
-        return agree
+        exact = self._float32_logits(ids, types)
+        errors = {name: float((values - exact).norm() / exact.norm()) for name, values in logits.items()}
+        bound = max(AGREEMENT, AGREEMENT_TIMES * errors.get(LIBRARY, errors[OURS]))
+        for name, error in errors.items():
+            same = float((logits[name].argmax(-1) == exact.argmax(-1)).float().mean())
+            row = {"size": self.size, "section": "agreement", "case": "logits", "variant": name}
+            row |= {"unit": "relative error", "median": error, "same_argmax": same, "fine": error <= bound}
+            self.rows.append(row)
+            self.say(
+                f"{self.size:5} agreement of {name} with float32: relative error {error:.1e}, "
+                f"same best token {same:.0%}"
+            )
+        return all(error <= bound for error in errors.values())
+
+    def _float32_logits(self, ids: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        model = self.models.get(LIBRARY, self.models[OURS]) if self.dtype is torch.float32 else None
+        if model is None:
+            model = copy.deepcopy(self.models[OURS]).float()
+        return model(ids, token_type_ids=types).logits
 
     @torch.inference_mode()
     def measure_prefill(self) -> None:
