@@ -17,6 +17,7 @@ from .tiny import ROOT, tiny_model
 
 
 BOS, END, EOS, PAD = 6, 7, 11, 5
+ANSWER = {"role": "assistant", "content": "b"}
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +102,15 @@ def test_rows_without_a_response_and_long_ones_are_counted(tokenizer):
         {"instruction": "a", "response": None},
         {"messages": [{"role": "user", "content": "a"}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \n"}]},
+        {"messages": []},
         {"instruction": "a", "response": "1234567890"},
         {"instruction": "a", "response": "12"},
     ]
     examples, report = encode_rows(rows, tokenizer, 12)
     assert len(examples) == 1
-    assert (report.kept, report.empty, report.too_long) == (1, 5, 1)
-    assert str(report) == "7 rows: 1 kept, 5 without a response, 1 too long"
+    assert (report.kept, report.empty, report.too_long) == (1, 7, 1)
+    assert str(report) == "9 rows: 1 kept, 7 without a response, 1 too long"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,12 @@ def test_rows_without_a_response_and_long_ones_are_counted(tokenizer):
         ({"question": "a", "answer": "b"}, r"row 1: a row needs `instruction` and `response`"),
         ({"instruction": "a", "response": 5}, r"row 1: .*both strings"),
         ({"instruction": "a", "response": "b", "condition": "chatty"}, r"row 1: .*chatty.*known are"),
+        ({"messages": "Hello"}, r"row 1: `messages` must be a list of"),
+        ({"messages": ["Hello"]}, r"row 1: `messages` must be a list of"),
+        ({"messages": [{"role": "bot", "content": "a"}, ANSWER]}, r"row 1: Unknown role 'bot'"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2 + [ANSWER]}, r"row 1: .*alternate"),
+        ({"messages": [{"role": "user"}, ANSWER]}, r"row 1: A user message has no content"),
+        ({"messages": [{"role": "user", "content": "a"}, ANSWER], "condition": "chatty"}, r"row 1: .*chatty"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(tokenizer, row, message):
@@ -149,6 +158,14 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file.write_text('{"instruction": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=f"line 2: {message}"):
         list(read_rows(file))
+
+
+def test_a_file_that_is_missing_or_no_text_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"rows\.parquet: there is no such file"):
+        list(read_rows(tmp_path / "rows.parquet"))
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1\x15\x04\xff\xfe")
+    with pytest.raises(ValueError, match=r"rows.parquet: not text in UTF-8.*save_to_disk"):
+        list(read_rows(tmp_path / "rows.parquet"))
 
 
 # ---- groups ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from random import Random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from training.credit import GradientStepsWarmup
 from training.data import PrefixLMCollator, encode_rows, read_rows
 from training.hub_folder import save_nano
 from training.nano_tasks import CONDITIONS, TASKS, draw
@@ -88,6 +91,24 @@ def test_full_training_writes_a_complete_folder(folder, data, tokenizer, tmp_pat
     assert average.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
 
 
+def test_chats_from_a_datasets_folder(folder, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+
+    def chat(*texts: str) -> dict:
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+    rows = [chat(f"What is {i} + {i}?", f"{2 * i}", "And one more?", f"{2 * i + 1}") for i in range(6)]
+    rows += [chat("What is 1 + 1?", " "), chat("What is 1 + 1?"), chat("2" * 90, "3")]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "chats"))
+    output = tmp_path / "out"
+    options = ("--condition", "synth,cot", "--length", "80", "--packed", "--epochs", "3", "--accumulate", "2")
+    assert main(command(folder, tmp_path / "chats", output, *options, "--held-out", "0.2")) == 0
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert summary["rows"] == {"kept": 6, "empty": 2, "too_long": 1}
+    assert summary["held_out"] == 1 and summary["steps"] == 3
+    assert json.loads((output / "training" / "summary.json").read_text()) == summary
+
+
 def test_bfloat16_checkpointing_and_no_average(folder, data, tmp_path):
     output = tmp_path / "out"
     options = ("--bf16", "--gradient-checkpointing", "--average", "0", "--max-steps", "4", "--held-out", "0")
@@ -125,6 +146,8 @@ def test_lora_adapters_load_merge_and_unload(folder, data, tokenizer, tmp_path):
     with torch.no_grad():
         plain = base(**prompt).logits
         adapted_model = peft.PeftModel.from_pretrained(load(folder), str(output)).eval()
+        stored = load_file(output / "adapter_model.safetensors")
+        assert {value.dtype for value in stored.values()} == {torch.float32}
         kinds = {
             name.split(".lora_")[0].rsplit(".", 1)[-1]
             for name, _ in adapted_model.named_parameters()
@@ -146,6 +169,31 @@ def test_lora_adapters_load_merge_and_unload(folder, data, tokenizer, tmp_path):
         torch.testing.assert_close(again.unload()(**prompt).logits, plain)
 
 
+def test_recurrence_multiplies_what_an_adapter_does(tokenizer):
+    """What the README says of Nano: the same change of rank 8 and 1 % everywhere moves a deeper recurrence further."""
+    texts = ["What is 48 + 27?", "Reverse the word stone.", "Sort 52, 7, 19 in ascending order."]
+    prompt = tokenizer.encode_prompt(texts, "synth,cot", padding=True, return_tensors="pt")
+    real = prompt["attention_mask"].bool()
+    moved = []
+    for cycles in ({"H_cycles": 1, "L_cycles": 1}, {}, {"H_cycles": 4, "L_cycles": 3}):
+        model = AutoModelForCausalLM.from_pretrained(ROOT, trust_remote_code=True, **cycles).model
+        weights = [weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
+        originals = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            before = model(**prompt).last_hidden_state[real]
+            changes = []
+            for seed in range(3):
+                torch.manual_seed(seed)
+                for weight, original in zip(weights, originals):
+                    change = torch.randn(weight.shape[0], 8) @ torch.randn(8, weight.shape[1])
+                    weight.copy_(original + 0.01 * change * (original.norm() / change.norm()))
+                after = model(**prompt).last_hidden_state[real]
+                changes.append(((after - before).norm() / before.norm()).item())
+        moved.append(sum(changes) / len(changes))
+    assert len(weights) == 16
+    assert moved[0] < 0.012 and moved[1] > 1.5 * moved[0] and moved[2] > 1.5 * moved[1], moved
+
+
 def test_two_processes_at_two_gradient_steps_are_one(folder, data, tmp_path):
     """The embedding gets no gradient there, which DDP must be told; with checkpointing, too."""
     options = ("--max-steps", "4", "--gradient-steps", "2", "2", "--held-out", "0", "--gradient-checkpointing")
@@ -165,14 +213,44 @@ def test_two_processes_at_two_gradient_steps_are_one(folder, data, tmp_path):
 )
 def test_two_processes(folder, data, tmp_path, more):
     options = ("--max-steps", "4", "--held-out", "0.1", *more)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # So named, its launcher starts several processes on processors too; with --cpu it would need MPI for that.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     arguments = command(folder, data, tmp_path / "two", *options)
     subprocess.run(
         [*launch, "-m", "training.sft", *arguments], check=True, env=environment(), cwd=tmp_path, timeout=900
     )
     assert losses(tmp_path / "two")[-1] < losses(tmp_path / "two")[0]
-    assert len(list((tmp_path / "two" / "training" / "checkpoint-4").glob("average_*.pt"))) == 2
-    assert "exact_match" in json.loads((tmp_path / "two" / "training" / "summary.json").read_text())
+    work = tmp_path / "two" / "training"
+    assert json.loads((work / "options.json").read_text())["processes"] == "2"
+    assert [file.name for file in (work / "checkpoint-4").glob("average_*")] == ["average_0.pt"]
+    summary = json.loads((work / "summary.json").read_text())
+    assert summary["held_out"] == 4 and 4 * summary["exact_match"] in range(5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--lora", "4"), ("--gradient-steps", "2", "2", "--gradient-checkpointing")])
+def test_shards_train_as_one_process_and_go_on_from_a_checkpoint(folder, data, tmp_path, more):
+    options = ("--max-steps", "4", "--save-steps", "2", "--held-out", "0.1", *more)
+    assert main(command(folder, data, tmp_path / "one", *options)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    launch += ["-m", "tests.fsdp_on_processors"]
+    arguments = command(folder, data, tmp_path / "two", *options, "--batch-size", "2", "--fsdp")
+    for _ in range(2):
+        subprocess.run([*launch, *arguments], check=True, env=environment(), cwd=tmp_path, timeout=900)
+        one, two = (tmp_path / name / "training" for name in ("one", "two"))
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+        assert len(list((two / "checkpoint-2").glob("average_*.pt"))) == 2
+        judged = [json.loads((work / "summary.json").read_text())["exact_match"] for work in (one, two)]
+        assert judged[0] == judged[1]
+        shutil.rmtree(two / "checkpoint-4")
+        (two / "summary.json").unlink()
+    name = "adapter_model.safetensors" if "--lora" in more else "model.safetensors"
+    for part in ("", "raw"):
+        ours, theirs = (load_file(tmp_path / run / part / name) for run in ("one", "two"))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, atol=5e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.slow
@@ -205,12 +283,25 @@ def test_going_on_with_other_options_is_refused(folder, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--length", "5"), 1, "nothing to train on"),
-        (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
-        (("--batch-size", "0"), 2, "--batch-size 0"),
+        (("--length", "5"), 1, "nothing to train on (40 rows: 0 kept, 0 without a response, 40 too long)"),
+        (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl: there is no such file"),
+        (("--model", "./nowhere"), 1, "nowhere"),
+        (("--condition", "chatty"), 1, "--condition chatty: unknown"),
+        (("--gradient-steps", "2", "9"), 1, "--gradient-steps ends at 9 and this model makes 8"),
+        (("--gradient-steps", "1", "5"), 2, "--gradient-steps 1 5"),
+        (("--gradient-warmup", "2"), 2, "--gradient-warmup 2"),
+        (("--batch-size", "0"), 2, "--batch-size 0: give at least 1"),
+        (("--max-steps", "0"), 2, "--max-steps 0"),
+        (("--epochs", "0"), 2, "--epochs 0"),
+        (("--warmup-steps", "-1"), 2, "--warmup-steps -1"),
         (("--held-out", "1"), 2, "--held-out 1"),
+        (("--average", "1"), 2, "--average 1"),
         (("--learning-rate", "0"), 2, "--learning-rate 0"),
-        (("--gradient-steps", "1", "5"), 1, "first=1"),
+        (("--lora", "-4"), 2, "--lora -4"),
+        (("--lora-alpha", "8"), 2, "add --lora RANK"),
+        (("--lora-targets", "o_proj"), 2, "add --lora RANK"),
+        (("--fsdp",), 2, "torchrun --nproc-per-node 2"),
+        (("--output", __file__), 2, "is a file: name a folder"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, data, tmp_path, capsys, more, code, message):
@@ -219,6 +310,23 @@ def test_what_cannot_be_is_refused(folder, data, tmp_path, capsys, more, code, m
     except SystemExit as stop:
         assert stop.code == code
     assert message in capsys.readouterr().err
+
+
+def test_processors_do_not_shard(folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(command(folder, data, tmp_path / "out", "--fsdp"))
+    assert "leave it out on the CPU" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(tokenizer, data, tmp_path, capsys):
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    )
+    other.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert main(command(tmp_path / "llama", data, tmp_path / "out")) == 1
+    assert "not an HRM-Text folder of this port: run convert_weights.py" in capsys.readouterr().err
 
 
 def test_the_model_is_not_replaced_by_its_own_offspring(folder, data, capsys):
@@ -232,8 +340,9 @@ def test_trl_trains_with_our_collator(folder, data, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
     examples, _ = encode_rows(read_rows(data), tokenizer, 200)
     model = load(folder).train()
-    seen = []
+    seen, steps = [], []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model.register_forward_pre_hook(lambda module, _: steps.append(module.gradient_steps))
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
@@ -251,8 +360,10 @@ def test_trl_trains_with_our_collator(folder, data, tokenizer, tmp_path):
         train_dataset=datasets.Dataset.from_list(examples),
         data_collator=PrefixLMCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        callbacks=[GradientStepsWarmup(fraction=0.6)],
     )
     trainer.train()
+    assert steps == [2, 3, 4, 5, 5]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 5 and logged[-1] < logged[0]
     for inputs in seen:

@@ -162,7 +162,10 @@ def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
         for file in files:
             (tmp_path / f"checkpoint-{step}" / file).write_text("{}")
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path, averages=2) is None
     assert last_checkpoint(tmp_path, with_average=False).name == "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"glob')
+    assert last_checkpoint(tmp_path, with_average=False).name == "checkpoint-2"
     assert last_checkpoint(tmp_path / "nowhere") is None
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
@@ -182,6 +185,20 @@ def test_twenty_steps_packed_and_padded_reach_the_same_loss(tmp_path):
     packed, padded = losses(tmp_path / "True"), losses(tmp_path / "False")
     assert len(packed) == 20 and packed[-1] < packed[0]
     assert packed == pytest.approx(padded, rel=1e-4)
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path):
+    examples = random_examples(24)
+    for size, parts in ((6, 1), (2, 3)):
+        trainer_for(
+            tmp_path / str(parts),
+            tiny_model().train(),
+            examples,
+            max_steps=4,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+        ).run()
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
 # ---- optimizer, schedule, average --------------------------------------------------------------------------------

@@ -59,18 +59,20 @@ def answer(
     return texts
 
 
-def exact_match(model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 16) -> float:
-    """Share of examples whose last response the model writes exactly, white space at its ends aside.
+def exact_matches(
+    model: Any, tokenizer: Any, examples: Sequence[Example], batch_size: int = 16, progress: str | None = None
+) -> int:
+    """Number of examples whose last response the model writes exactly, white space at its ends aside.
 
-    Raises:
-        ValueError: there are no examples.
+    Args:
+        model, tokenizer, batch_size, progress: as for `answer`.
+        examples: from `encode_rows`.
     """
     if not examples:
-        raise ValueError("no examples to judge by")
+        return 0
     prompts, wanted = zip(*map(split_last_answer, examples))
     longest = max(map(len, wanted)) + 1
-    texts = answer(model, tokenizer, prompts, longest, batch_size, progress="exact match")
-    right = sum(
+    texts = answer(model, tokenizer, prompts, longest, batch_size, progress=progress)
+    return sum(
         text.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip() for text, ids in zip(texts, wanted)
     )
-    return right / len(examples)

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 
 IGNORED = -100
@@ -47,11 +48,13 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict
         yield from (dict(row) for row in source)
         return
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
     if path.is_dir():
         yield from (dict(row) for row in _saved_dataset(path))
         return
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_text_lines(lines, path), start=1):
             if not line.strip():
                 continue
             try:
@@ -61,6 +64,15 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: a row must be a JSON object, this is {type(row).__name__}")
             yield row
+
+
+def _text_lines(lines: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not text in UTF-8; give JSON Lines, or load it with `datasets` and save_to_disk() it to a folder"
+        ) from error
 
 
 def _saved_dataset(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -132,15 +144,21 @@ def _encode(row: Mapping[str, Any], tokenizer: Any, condition: str | None) -> Ex
     return join(prompt, plain_ids(tokenizer, [row["response"]])[0], tokenizer.eos_token_id)
 
 
-def _encode_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Any, condition: str | None) -> Example | None:
+def _encode_messages(messages: Any, tokenizer: Any, condition: str | None) -> Example | None:
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError('`messages` must be a list of {"role": ..., "content": ...}')
     messages = list(messages)
     while messages and messages[-1].get("role") != "assistant":  # a prompt that nothing answers teaches nothing
         messages.pop()
-    if not messages or not all(m.get("content") for m in messages if m.get("role") == "assistant"):
+    answers = [message.get("content") for message in messages if message.get("role") == "assistant"]
+    if not answers or not all(answer.strip() if isinstance(answer, str) else answer for answer in answers):
         return None
-    encoded = tokenizer.apply_chat_template(
-        messages, condition=condition, return_dict=True, return_assistant_tokens_mask=True
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, condition=condition, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
     ids, answered = encoded["input_ids"], encoded["assistant_masks"]
     return {
         "input_ids": ids,

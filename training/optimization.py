@@ -112,9 +112,9 @@ def schedule(
 class AverageWeights(TrainerCallback):
     """Exponential moving average of the trained weights.
 
-    It lies on the parameters as the trainer sees them, shards included, and is kept beside every checkpoint, one file
-    a process. Early steps count more: the decay is min(decay, (1 + steps) / (10 + steps)), so that random initial
-    weights do not linger.
+    It lies on the parameters as the trainer sees them, shards included, and is kept beside every checkpoint: one file,
+    or one of every process where weights are sharded. Early steps count more: the decay is
+    min(decay, (1 + steps) / (10 + steps)), so that random initial weights do not linger.
 
     Args:
         decay: share of the old average at each optimizer step, from 0 to below 1.
@@ -143,7 +143,8 @@ class AverageWeights(TrainerCallback):
         self.average = [parameter.detach().clone() for parameter in _trained(model)]
         self.steps = state.global_step
         if self.resume is not None:
-            stored = torch.load(self.resume / _file_name(args), map_location="cpu", weights_only=True)
+            file = self.resume / _file_name(args.process_index if self._sharded(args) else 0)
+            stored = torch.load(file, map_location="cpu", weights_only=True)
             for average, value in zip(self.average, stored, strict=True):
                 _local(average).copy_(value)
 
@@ -158,8 +159,14 @@ class AverageWeights(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            torch.save([_local(average).cpu() for average in self.average], folder / _file_name(args))
+        if folder.is_dir() and (args.process_index == 0 or self._sharded(args)):
+            file = folder / _file_name(args.process_index)
+            # Renamed when it is whole, so that a kill leaves no part of a file that looks like one.
+            torch.save([_local(average).cpu() for average in self.average], file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+
+    def _sharded(self, args: TrainingArguments) -> bool:
+        return bool(args.fsdp) or any(hasattr(average, "to_local") for average in self.average)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -189,5 +196,5 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return to_local() if to_local is not None else tensor
 
 
-def _file_name(args: TrainingArguments) -> str:
-    return f"average_{args.process_index}.pt"
+def _file_name(process: int) -> str:
+    return f"average_{process}.pt"

@@ -25,7 +25,8 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str | Path) -> None:
     measures = sorted({name for entry in log for name in entry if "/" in name or "exact" in name})
     figure, axes = pyplot.subplots(1, 2 if measures else 1, figsize=(12 if measures else 7, 4.5), squeeze=False)
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    axes[0][0].plot(*zip(*losses), color="tab:blue") if losses else None
+    if losses:
+        axes[0][0].plot(*zip(*losses), color="tab:blue")
     axes[0][0].set(xlabel="optimizer step", ylabel="loss per response token", yscale="log", title="training loss")
     axes[0][0].grid(alpha=0.3)
     colors = {}

@@ -18,9 +18,10 @@ from random import Random
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from .answers import exact_match
+from .answers import exact_matches
 from .data import Example, PrefixLMCollator, encode_rows, pack, read_rows
 from .optimization import OPTIMIZERS
 from .plots import plot_curves
@@ -31,15 +32,33 @@ logger = logging.getLogger(__name__)
 
 # Every linear layer of both stacks. gate, q, k and v lie in one matrix, as do gate and up of the MLP.
 LORA_TARGETS = ("gqkv_proj", "o_proj", "gate_up_proj", "down_proj")
+WORK = "training"
 OPTIONS_FILE = "options.json"
 
 
 def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, torch.dtype]:
-    """Model, tokenizer and the dtype in which the model was stored and will be saved."""
+    """Model, tokenizer and the dtype in which the model was stored and will be saved.
+
+    Raises:
+        ValueError: the folder is not one of this port, has fewer module calls than `--gradient-steps` asks for, or its
+            tokenizer does not know the condition.
+        ImportError: LoRA without peft.
+    """
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype="auto")
-    if not hasattr(model, "set_gradient_steps"):
-        raise ValueError(f"{options.model} is not an HRM-Text folder of this port: run convert_weights.py on it first")
+    if not (hasattr(model, "set_gradient_steps") and hasattr(tokenizer, "encode_prompt")):
+        raise ValueError(
+            f"--model {options.model} is not an HRM-Text folder of this port: run convert_weights.py on it first"
+        )
+    calls, last = model.config.H_cycles * (model.config.L_cycles + 1), options.gradient_steps[1]
+    if last > calls:
+        raise ValueError(
+            f"--gradient-steps ends at {last} and this model makes {calls} module calls: end there or below"
+        )
+    try:
+        tokenizer.encode_prompt("", options.condition)
+    except ValueError as error:
+        raise ValueError(f"--condition {options.condition}: {error}") from error
     stored = model.dtype
     if not options.lora:
         # Small updates would be rounded away in bfloat16.
@@ -47,7 +66,7 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, torch.dtype
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install peft") from error
+        raise ImportError("--lora needs peft: pip install peft") from error
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora,
@@ -71,44 +90,49 @@ def split(examples: list[Example], share: float, seed: int) -> tuple[list[Exampl
 
 
 def save(trainer: HrmTextTrainer, tokenizer: Any, folder: Path, origin: Path, dtype: torch.dtype) -> None:
-    """Writes the model as it is in memory, whole in one process, in the dtype that it came in.
+    """Writes the model as it is in memory, whole in one process, in the dtype that it came in; adapters as they are.
 
     Modules of the folder that it came from which the model does not need itself (classification heads) go along.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-        if not hasattr(model, "peft_config"):
+        adapters = hasattr(model, "peft_config")
+        if not adapters:
+            state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
             model.config.dtype = dtype
-            model.config.use_cache = True  # the trainer switches it off
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         for module in origin.glob("*_hrm_text.py"):
-            if not (hasattr(model, "peft_config") or (folder / module.name).exists()):
+            if not (adapters or (folder / module.name).exists()):
                 shutil.copyfile(module, folder / module.name)
     trainer.accelerator.wait_for_everyone()
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tunes as the options of the command line say; returns what was done, in numbers."""
-    work = options.output / "training"
-    set_seed(options.seed)
-    model, tokenizer, dtype = load(options)
-    longest = min(options.length, model.config.max_position_embeddings)
-    examples, report = encode_rows(read_rows(options.data), tokenizer, longest, options.condition)
-    logger.info("%s", report)
-    train, held_out = split(examples, options.held_out, options.seed)
-    if not train:
-        raise ValueError(f"{options.data}: nothing to train on ({report}); see --length and --held-out")
-    items: list[Any] = pack(train, longest) if options.packed else train
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+def judge(trainer: HrmTextTrainer, options: argparse.Namespace, tokenizer: Any, held_out: list[Example]) -> float:
+    """Share of the held-out examples that are answered exactly; every process asks its part of them."""
+    accelerator = trainer.accelerator
+    # Sharded weights cannot generate: each process reads what was saved.
+    model = (
+        _load_saved(options).to(accelerator.device)
+        if options.fsdp
+        else accelerator.unwrap_model(trainer.model_wrapped)
+    )
+    mine = held_out[accelerator.process_index :: accelerator.num_processes]
+    label = "exact match" if accelerator.is_main_process else None
+    right = exact_matches(model, tokenizer, mine, options.batch_size, progress=label)
+    counts = accelerator.reduce(torch.tensor(float(right), device=accelerator.device), reduction="sum")
+    return counts.item() / len(held_out)
+
+
+def training_arguments(options: argparse.Namespace) -> TrainingArguments:
+    """What `Trainer` itself reads; the recipe has the rest. Sets up the processes where there are several."""
+    several = _processes() > 1
     on_cpu = options.cpu or not torch.cuda.is_available()
-    if options.gradient_checkpointing:
-        # Only this kind goes together with parameters that a step leaves without a gradient.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    arguments = TrainingArguments(
-        output_dir=str(work),
+    if options.fsdp:
+        os.environ.setdefault("FSDP_VERSION", "2")  # transformers before 5.10 knows no other place to say so
+    return TrainingArguments(
+        output_dir=str(options.output / WORK),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
@@ -129,6 +153,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         report_to=[],
     )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tunes as the options of the command line say; returns what was done, in numbers."""
+    work = options.output / WORK
+    arguments = training_arguments(options)
+    set_seed(options.seed)
+    # One process at a time copies the folder's modules to where Python finds them.
+    with arguments.main_process_first(desc="loading the model"):
+        model, tokenizer, dtype = load(options)
+    first = arguments.process_index == 0
+    longest = min(options.length, model.config.max_position_embeddings)
+    rows = tqdm(read_rows(options.data), desc="reading rows", unit=" rows", disable=not first)
+    examples, report = encode_rows(rows, tokenizer, longest, options.condition)
+    if first:
+        logger.info("%s (above %d tokens)", report, longest)
+    train, held_out = split(examples, options.held_out, options.seed)
+    if not train:
+        raise ValueError(
+            f"--data {options.data}: nothing to train on ({report}); see --length {options.length} and --held-out"
+        )
+    items: list[Any] = pack(train, longest) if options.packed else train
+    if options.gradient_checkpointing:
+        # Only this kind goes together with parameters that a step leaves without a gradient.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     recipe = Recipe(
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,
@@ -139,6 +189,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         last_gradient_steps=options.gradient_steps[1],
         gradient_warmup=options.gradient_warmup,
     )
+    averages = _processes() if options.fsdp else 1
     _same_options(options, work)
     trainer = HrmTextTrainer(
         model,
@@ -146,10 +197,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         recipe,
         items,
         PrefixLMCollator(tokenizer.pad_token_id, packed=options.packed),
-        resume=last_checkpoint(work, with_average=bool(options.average)),
+        resume=last_checkpoint(work, with_average=bool(options.average), averages=averages),
         processing_class=tokenizer,
     )
     loss = trainer.run()
+    trainer.accelerator.unwrap_model(trainer.model_wrapped).config.use_cache = True  # the trainer switches it off
     if trainer.average is None:
         save(trainer, tokenizer, options.output, Path(options.model), dtype)
     else:
@@ -157,34 +209,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         trainer.average.swap(trainer.model_wrapped)
         save(trainer, tokenizer, options.output, Path(options.model), dtype)
     summary: dict[str, Any] = {"rows": vars(report), "steps": trainer.state.global_step, "loss": loss}
-    if trainer.is_world_process_zero():
+    if held_out:
+        summary["held_out"] = len(held_out)
+        summary["exact_match"] = judge(trainer, options, tokenizer, held_out)
+    if first:
         plot_curves(read_log(work / LOG_FILE), work / "loss.png")
-        if held_out:
-            # The saved folder is what is judged, and sharded weights cannot generate.
-            judged = (
-                _load_saved(options, trainer.args.device)
-                if options.fsdp
-                else trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            )
-            summary["held_out"] = len(held_out)
-            summary["exact_match"] = exact_match(judged, tokenizer, held_out, options.batch_size)
         (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return summary
 
 
-def _load_saved(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _load_saved(options: argparse.Namespace) -> torch.nn.Module:
     if not options.lora:
-        return AutoModelForCausalLM.from_pretrained(options.output, trust_remote_code=True, dtype="auto").to(device)
+        return AutoModelForCausalLM.from_pretrained(options.output, trust_remote_code=True, dtype="auto")
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype="auto")
-    return PeftModel.from_pretrained(base, str(options.output)).to(device)
+    return PeftModel.from_pretrained(base, str(options.output))
 
 
 def _same_options(options: argparse.Namespace, work: Path) -> None:
     """Keeps the options of a run beside its checkpoints, and refuses to go on with others."""
-    current = {name: str(value) for name, value in sorted(vars(options).items())}
+    given = {"processes": _processes(), **vars(options)}
+    current = {name: str(list(x) if isinstance(x, tuple) else x) for name, x in sorted(given.items())}
     path = work / OPTIONS_FILE
     if path.exists() and last_checkpoint(work, with_average=False) is not None:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -194,10 +245,9 @@ def _same_options(options: argparse.Namespace, work: Path) -> None:
                 f"{work} holds checkpoints of a run with other options ({', '.join(changed)}): repeat the same ones "
                 "to go on with it, or choose another --output"
             )
-    if os.environ.get("RANK", "0") != "0":
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
+    elif os.environ.get("RANK", "0") == "0":
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -252,19 +302,48 @@ A row is {"instruction": ..., "response": ..., "condition": ...} or {"messages":
     return result
 
 
+def check(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, naming one of them and the remedy; None where nothing is."""
+    for name in ("length", "batch_size", "accumulate", "logging_steps", "save_steps"):
+        if getattr(options, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1"
+    for name in ("warmup_steps", "weight_decay", "lora"):
+        if getattr(options, name) < 0:
+            return f"--{name.replace('_', '-')} {getattr(options, name)}: give 0 or more"
+    for name in ("learning_rate", "epochs"):
+        if getattr(options, name) <= 0:
+            return f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0"
+    for name in ("held_out", "average"):
+        if not 0 <= getattr(options, name) < 1:
+            return f"--{name.replace('_', '-')} {getattr(options, name)}: a share, from 0 to below 1"
+    if options.max_steps != -1 and options.max_steps < 1:
+        return f"--max-steps {options.max_steps}: give at least 1, or leave it out to train for --epochs"
+    first, last = options.gradient_steps
+    if not 2 <= first <= last:
+        return f"--gradient-steps {first} {last}: from at least 2 up, as in 2 5"
+    if not 0 <= options.gradient_warmup <= 1:
+        return f"--gradient-warmup {options.gradient_warmup}: a share of the training, from 0 to 1"
+    if options.lora_alpha is not None and options.lora_alpha <= 0:
+        return f"--lora-alpha {options.lora_alpha}: give a number above 0"
+    if not options.lora and (options.lora_alpha is not None or tuple(options.lora_targets) != LORA_TARGETS):
+        return "--lora-alpha and --lora-targets are of adapters: add --lora RANK, as in --lora 16"
+    if options.output.exists() and not options.output.is_dir():
+        return f"--output {options.output} is a file: name a folder"
+    if options.output.resolve() == Path(options.model).resolve():
+        return "--output is the folder of --model, whose weights it would replace: choose another"
+    if options.fsdp and _processes() < 2:
+        return "--fsdp shards over processes: start several, as in torchrun --nproc-per-node 2 -m training.sft ..."
+    if options.fsdp and (options.cpu or not torch.cuda.is_available()):
+        return "--fsdp shards over accelerators: leave it out on the CPU, where every process holds all weights"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 1 data or a model that cannot be used, 2 wrong arguments."""
     command = parser()
     options = command.parse_args(arguments)
-    for name in ("length", "batch_size", "accumulate", "logging_steps", "save_steps"):
-        if getattr(options, name) < 1:
-            command.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if not 0 <= options.held_out < 1:
-        command.error(f"--held-out {options.held_out}: a share of the rows from 0 to below 1")
-    if options.learning_rate <= 0:
-        command.error(f"--learning-rate {options.learning_rate}: give a number above 0")
-    if options.output.resolve() == Path(options.model).resolve():
-        command.error("--output is the folder of --model, whose weights it would replace: choose another")
+    if problem := check(options):
+        command.error(problem)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         summary = run(options)

@@ -165,15 +165,30 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def last_checkpoint(folder: str | Path, with_average: bool = True) -> Path | None:
-    """The latest checkpoint in a trainer's folder that was written to its end, None if there is none."""
+def last_checkpoint(folder: str | Path, with_average: bool = True, averages: int = 1) -> Path | None:
+    """The latest checkpoint in a trainer's folder that was written to its end, None if there is none.
+
+    Args:
+        folder: output folder of the trainer.
+        with_average: whether the average weights lie beside it.
+        averages: number of files that they are in.
+    """
     checkpoints = sorted(
         Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True
     )
     for checkpoint in checkpoints:
         # The trainer writes its state last, and the average follows.
-        if (checkpoint / "trainer_state.json").exists() and (
-            not with_average or (checkpoint / "average_0.pt").exists()
-        ):
+        complete = _is_json(checkpoint / "trainer_state.json")
+        if with_average:
+            complete &= all((checkpoint / f"average_{process}.pt").exists() for process in range(averages))
+        if complete:
             return checkpoint
     return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
