@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -40,7 +41,7 @@ from .decoding_hrm_text import StaticDecoder  # noqa: F401
 from .flash_hrm_text import FlashPlan  # noqa: F401  (transformers before 5.10 copies what the entry module imports)
 from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
-from .layout_hrm_text import TokenLayout  # noqa: F401
+from .layout_hrm_text import values_are_readable
 from .loading_hrm_text import LoadingMixin
 from .operations_hrm_text import norm, rotary_tables, rotate, swiglu
 from .packed_hrm_text import PackedLinear  # noqa: F401
@@ -139,8 +140,7 @@ class HrmTextMLP(nn.Module):
         self.down_proj.init_factor = (config.hidden_size / config.intermediate_size) ** 0.5
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
 
 
 class HrmTextDecoderLayer(GradientCheckpointingLayer):
@@ -552,7 +552,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self._loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -560,6 +560,17 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Mean cross-entropy of the next token; a loss function set in place of the library's stays in force."""
+        plain = self.loss_function is ForCausalLMLoss and kwargs.get("shift_labels") is None
+        if plain and labels.shape == logits.shape[:2] and values_are_readable():
+            # Prompts carry no labels: their logits need no float32 copy, no softmax and no gradient.
+            following = labels[:, 1:].to(logits.device)
+            counted = following != kwargs.get("ignore_index", -100)
+            if not counted.all():
+                logits, kwargs["shift_labels"] = logits[:, :-1][counted], following[counted]
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ float32, and the result is rounded once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -69,9 +71,36 @@ def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return rotated
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, of one shape."""
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [..., width], of [..., 2 * width] that holds gate and then up."""
+    if gate_up.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up) if _in_place_pays(gate) else F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone for backward, which makes silu(gate) anew: a third less memory than the parts take."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        gate_up = ctx.saved_tensors[0]
+        gate, up = gate_up.chunk(2, dim=-1)
+        if torch.is_grad_enabled():  # for derivatives of derivatives
+            open_part = gate.sigmoid()
+            slope = open_part * (1 + gate * (1 - open_part))
+            return torch.cat((grad * up * slope, grad * F.silu(gate)), dim=-1)
+        gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        of_gate, of_up = gradient.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        return gradient
 
 
 def gated(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

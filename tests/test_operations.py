@@ -1,0 +1,105 @@
+"""The elementwise operations: their fast forms beside the ones that autograd takes, and their derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from .tiny import load_class
+
+
+norm = load_class("operations_hrm_text.norm")
+rotate, rotary_tables = load_class("operations_hrm_text.rotate"), load_class("operations_hrm_text.rotary_tables")
+swiglu, gated = load_class("operations_hrm_text.swiglu"), load_class("operations_hrm_text.gated")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 48), (1, 7, 48), (3, 1, 48), (2, 5, 48)]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def both(function, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a function gives with gradients and without; the inputs have to be as they were."""
+    before = [tensor.clone() for tensor in inputs]
+    with torch.enable_grad():
+        slow = function(*(tensor.clone().requires_grad_() for tensor in inputs)).detach()
+    with torch.no_grad():
+        fast = function(*inputs)
+    for tensor, old in zip(inputs, before):
+        assert torch.equal(tensor, old)
+    assert slow.dtype == fast.dtype == inputs[0].dtype and slow.shape == fast.shape
+    return slow, fast
+
+
+def close(dtype: torch.dtype) -> dict[str, float]:
+    if dtype is torch.float32:
+        return {"atol": 1e-6, "rtol": 1e-5}
+    return {"atol": 1e-3, "rtol": 2 * torch.finfo(dtype).eps}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm(shape, dtype):
+    x = 3 * draw(*shape, dtype=dtype)
+    slow, fast = both(lambda x: norm(x, 1e-6), x)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    for got in (slow, fast):
+        torch.testing.assert_close(got.double(), exact, **close(dtype))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norm_of_nothing(tokens, eps):
+    x = torch.zeros(1, tokens, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x, eps), F.rms_norm(x, (16,), eps=eps), equal_nan=True)
+
+
+def test_norm_of_double_keeps_its_precision():
+    x = draw(1, 1, 32).double()
+    with torch.no_grad():
+        got = norm(x, 1e-6)
+    torch.testing.assert_close(got, x / (x.square().mean() + 1e-6).sqrt(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (1, 6), (3, 1), (2, 6)])
+def test_rotate(batch, tokens, dtype):
+    """A pair (i, i + half) is a complex number that is turned by the angle of its position and frequency."""
+    whole = draw(batch, tokens, 4, 3, 16, dtype=dtype)
+    angles = draw(batch, tokens, 8, seed=1)
+    tables = rotary_tables(angles.cos(), angles.sin())
+    slow, fast = both(lambda whole: rotate(whole[:, :, 1:3], tables), whole)
+    pairs = torch.complex(*whole[:, :, 1:3].double().chunk(2, dim=-1))
+    turned = pairs * torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())[:, :, None, None]
+    exact = torch.cat((turned.real, turned.imag), dim=-1)
+    for got in (slow, fast):
+        torch.testing.assert_close(got.double(), exact, **close(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_and_gate(dtype):
+    gate_up = draw(2, 5, 96, dtype=dtype)
+    slow, fast = both(swiglu, gate_up)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    for got in (slow, fast):
+        torch.testing.assert_close(got.double(), F.silu(gate) * up, **close(dtype))
+    output, gate = draw(2, 5, 4, 8, dtype=dtype), draw(2, 5, 4, 8, dtype=dtype, seed=1)
+    slow, fast = both(gated, output, gate)
+    for got in (slow, fast):
+        torch.testing.assert_close(got.double(), output.double() * gate.double().sigmoid(), **close(dtype))
+
+
+def test_derivatives_of_swiglu():
+    x = draw(2, 3, 8).double().requires_grad_()
+    assert torch.autograd.gradcheck(swiglu, x)
+    assert torch.autograd.gradgradcheck(swiglu, x)
+    plain = draw(2, 3, 8).double().requires_grad_()
+    gate, up = plain.chunk(2, dim=-1)
+    (F.silu(gate) * up).square().sum().backward()
+    swiglu(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad)
