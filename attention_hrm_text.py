@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .flash_hrm_text import FlashPlan, flash_attend, plan_flash
-from .layout_hrm_text import TokenLayout, infer_token_type_ids, read_layout, values_are_readable
+from .layout_hrm_text import TokenLayout, read_layout, values_are_readable
 from .operations_hrm_text import gated
 from .single_query_hrm_text import single_query_attention, single_query_pays
 from .versions_hrm_text import flash_kernel, is_flash, static_capacity
@@ -456,4 +456,4 @@ def _eager(
     return (weights @ value).transpose(1, 2), weights
 
 
-__all__ = ["AttentionPlan", "attend", "infer_token_type_ids", "plan_attention", "prepare_attention", "visibility"]
+__all__ = ["AttentionPlan", "attend", "plan_attention", "prepare_attention", "visibility"]

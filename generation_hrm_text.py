@@ -17,14 +17,9 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
+from .blocks_hrm_text import find_sequences, infer_token_type_ids
 from .cache_hrm_text import HrmTextCache
-from .layout_hrm_text import (
-    CacheRecord,
-    find_sequences,
-    infer_token_type_ids,
-    refuse_split_envelope,
-    warn_types_are_ignored,
-)
+from .layout_hrm_text import CacheRecord, refuse_split_envelope, warn_types_are_ignored
 from .versions_hrm_text import VersionedGenerationMixin, cached_length, static_capacity
 
 

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 
 # An entry module names every module that it reaches: transformers before 5.10 copies no others from a folder.
 from .attention_hrm_text import AttentionPlan  # noqa: F401
+from .blocks_hrm_text import find_blocks  # noqa: F401
 from .cache_hrm_text import HrmTextCache  # noqa: F401
 from .configuration_hrm_text import HrmTextConfig
 from .decoding_hrm_text import StaticDecoder  # noqa: F401

@@ -35,6 +35,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention_hrm_text import AttentionPlan, attend, prepare_attention
+from .blocks_hrm_text import find_blocks  # noqa: F401
 from .cache_hrm_text import HrmTextCache, OneSlot
 from .configuration_hrm_text import HrmTextConfig
 from .decoding_hrm_text import StaticDecoder  # noqa: F401
