@@ -44,7 +44,7 @@ from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import values_are_readable
 from .loading_hrm_text import LoadingMixin
-from .operations_hrm_text import norm, rotary_tables, rotate, swiglu
+from .operations_hrm_text import norm, rotary_tables, split_and_rotate, swiglu
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .versions_hrm_text import static_capacity, tied_weights_keys
@@ -118,16 +118,11 @@ class HrmTextAttention(nn.Module):
         batch, tokens, _ = hidden_states.shape
         # [batch, tokens, 4, heads, head_dim]; heads are counted from the matrix, which may hold a part of them only.
         gqkv = self.gqkv_proj(hidden_states).view(batch, tokens, 4, -1, self.head_dim)
-        gate, query_key, value = gqkv.split((1, 2, 1), dim=2)
-        query, key = rotate(query_key, position_embeddings).permute(2, 0, 3, 1, 4)
-        value = value.squeeze(2).transpose(1, 2)
-        if value.requires_grad:
-            # A copy, or backward would keep gate, query and key in memory along with it.
-            value = value.contiguous()
+        gate, query, key, value = split_and_rotate(gqkv, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, slot, cache_kwargs)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(plan, query, key, value, gate.squeeze(2), self.scaling, dropout, self)
+        output, weights = attend(plan, query, key, value, gate, self.scaling, dropout, self)
         return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
 

@@ -58,17 +58,72 @@ def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.
         x: [batch, tokens, kinds, heads, head_dim], halves paired as (i, i + head_dim / 2).
         tables: of `rotary_tables`.
     """
-    cos, sin = tables
-    half = x.shape[-1] // 2
     if x.shape[1] == 1 or not _in_place_pays(x):
+        cos, sin = tables
         wide = x.float()
-        return torch.addcmul(wide * cos, wide.roll(half, dims=-1), sin).to(x.dtype)
-    cos, sin = cos[..., :half], sin[..., half:]
-    first, second = x[..., :half].float(), x[..., half:].float()
+        return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
     rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _rotate_into(rotated, x, tables)
+    return rotated
+
+
+def _rotate_into(rotated: torch.Tensor, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+    half = x.shape[-1] // 2
+    cos, sin = tables[0][..., half:], tables[1][..., half:]
+    first, second = x[..., :half].float(), x[..., half:].float()
     rotated[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
     rotated[..., half:] = (second * cos).addcmul_(first, sin)
-    return rotated
+
+
+def split_and_rotate(
+    gqkv: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention takes, from the output of its one projection.
+
+    Args:
+        gqkv: [batch, tokens, 4, heads, head_dim]: gate, query, key, value.
+        tables: of `rotary_tables`.
+
+    Returns:
+        gate [batch, tokens, heads, head_dim]; rotated query, rotated key, and value [batch, heads, tokens, head_dim].
+    """
+    if gqkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SplitAndRotate.apply(gqkv, *tables)
+    gate, query_key, value = gqkv.split((1, 2, 1), dim=2)
+    query, key = rotate(query_key, tables).permute(2, 0, 3, 1, 4)
+    return gate.squeeze(2), query, key, value.squeeze(2).transpose(1, 2)
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """Keeps nothing of its input, whose four parts views would keep whole, and writes its gradient in one piece."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gqkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        query, key = (
+            rotate(part, (cos, sin)).squeeze(2).transpose(1, 2) for part in (gqkv[:, :, 1:2], gqkv[:, :, 2:3])
+        )
+        return gqkv[:, :, 0].clone(), query, key, gqkv[:, :, 3].transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(
+        ctx: Any, gate: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back = (cos, -sin)
+        gate, query, key, value = (
+            part[:, :, None] for part in (gate, *(g.transpose(1, 2) for g in (query, key, value)))
+        )
+        if not _in_place_pays(gate):
+            return torch.cat((gate, rotate(query, back), rotate(key, back), value), dim=2), None, None
+        batch, tokens, _, heads, width = gate.shape
+        gradient = gate.new_empty((batch, tokens, 4, heads, width))
+        gradient[:, :, 0:1], gradient[:, :, 3:4] = gate, value
+        _rotate_into(gradient[:, :, 1:2], query, back)
+        _rotate_into(gradient[:, :, 2:3], key, back)
+        return gradient, None, None
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -108,4 +163,4 @@ def gated(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return gate.sigmoid().mul_(output) if _in_place_pays(gate) else output * gate.sigmoid()
 
 
-__all__ = ["gated", "norm", "rotary_tables", "rotate", "swiglu"]
+__all__ = ["gated", "norm", "rotary_tables", "rotate", "split_and_rotate", "swiglu"]

@@ -11,6 +11,7 @@ from .tiny import load_class
 
 norm = load_class("operations_hrm_text.norm")
 rotate, rotary_tables = load_class("operations_hrm_text.rotate"), load_class("operations_hrm_text.rotary_tables")
+split_and_rotate = load_class("operations_hrm_text.split_and_rotate")
 swiglu, gated = load_class("operations_hrm_text.swiglu"), load_class("operations_hrm_text.gated")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,3 +104,32 @@ def test_derivatives_of_swiglu():
     (F.silu(gate) * up).square().sum().backward()
     swiglu(x).square().sum().backward()
     torch.testing.assert_close(x.grad, plain.grad)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_derivatives_of_split_and_rotate(tokens):
+    """The function of its own gives what autograd makes of the plain steps, and is differentiable again."""
+    angles = draw(2, tokens, 4, seed=1)
+    tables = rotary_tables(angles.cos(), angles.sin())
+    weights = [draw(2, tokens, 3, 8, seed=2), *(draw(2, 3, tokens, 8, seed=3 + i) for i in range(3))]
+
+    def plain(whole):
+        query, key = (rotate(whole[:, :, i : i + 1], tables).squeeze(2).transpose(1, 2) for i in (1, 2))
+        return whole[:, :, 0], query, key, whole[:, :, 3].transpose(1, 2)
+
+    def scalar(parts):
+        return sum((weight * part.sin()).sum() for weight, part in zip(weights, parts))
+
+    found = []
+    for function in (plain, lambda whole: split_and_rotate(whole, tables)):
+        whole = draw(2, tokens, 4, 3, 8).requires_grad_()
+        parts = function(whole)
+        (first,) = torch.autograd.grad(scalar(parts), whole, retain_graph=True)
+        (again,) = torch.autograd.grad(scalar(parts), whole, create_graph=True)
+        (second,) = torch.autograd.grad(again.square().sum(), whole)
+        found.append([*parts, first, again, second])
+    for wanted, got in zip(*found):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for wanted, got in zip(found[0], split_and_rotate(draw(2, tokens, 4, 3, 8), tables)):
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
