@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from .transformers_suite.process import run_tests
 from .transformers_suite.report import FAILED, PASSED, SKIPPED, Outcome, differences, render, succeeded
 from .transformers_suite.source import PACKAGE, assemble, checkout_tests
 
@@ -53,6 +56,43 @@ def test_rounding_is_excused_where_weights_are_large(variant, in_float32, good):
     assert "in float32: passed" in render("5.23.0", [], results)
     ours["t"].in_float32 = FAILED
     assert not succeeded(results)
+
+
+def test_a_test_that_hangs_or_dies_has_failed_and_the_others_go_on(tmp_path):
+    module = tmp_path / "test_some.py"
+    module.write_text(
+        """
+import os, subprocess, sys, time, unittest
+class Some(unittest.TestCase):
+    def test_1_passes(self): pass
+    def test_2_hangs(self):
+        # With a process of its own, as a rank that waits for another; it holds the output open.
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+    def test_3_fails(self): self.assertEqual(1, 2)
+    def test_4_dies(self): os._exit(7)
+    def test_5_skips(self): self.skipTest("because")
+    def test_6_in_parts(self):
+        for part in range(3):
+            with self.subTest(part): self.assertLess(part, 2)
+    def test_7_passes(self): pass
+"""
+    )
+    started = time.monotonic()
+    outcomes, printed = run_tests(["-q", "-p", "no:cacheprovider", str(module)], limit=3)
+    assert time.monotonic() - started < 60
+    by_test = {outcome.test: outcome for outcome in outcomes}
+    assert [outcome.status for outcome in outcomes] == [PASSED, FAILED, FAILED, FAILED, SKIPPED, FAILED, PASSED]
+    assert re.match(r"did not end within 3 s, at test_some.py:\d+ in test_2_hangs", by_test["test_2_hangs"].reason)
+    assert by_test["test_4_dies"].reason == "ended its process (7)"
+    assert by_test["test_3_fails"].reason.startswith("AssertionError: 1 != 2")
+    assert by_test["test_5_skips"].reason == "because" and "subprocess.py" in printed
+
+
+def test_what_cannot_be_collected_is_an_error(tmp_path):
+    (tmp_path / "test_some.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(RuntimeError, match="nothing_of_this_name"):
+        run_tests(["-q", "-p", "no:cacheprovider", str(tmp_path)], limit=60)
+    assert run_tests(["-q", "-k", "absent", "-p", "no:cacheprovider", str(Path(__file__))], limit=60)[0] == []
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

@@ -31,6 +31,8 @@ AREAS = {
     "pipeline": ("test_pipeline.py",),
     "Nano": ("test_nano*.py",),
 }
+# A version takes two to five minutes on two cores.
+RUN_SECONDS = 1800
 EPILOG = """examples:
   python -m tests.matrix                        every supported version
   python -m tests.matrix 4.57.6 5.16.1          two of them
@@ -86,7 +88,15 @@ def run_tests(python: Path, files: dict[str, str], jobs: int) -> dict:
         command += ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
         command += [f"tests/{name}.py" for name in files]
         started = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        # A test that stands still shows where, and the whole run is given up in the end.
+        command += ["-o", "faulthandler_timeout=300"]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            shown = ((error.stdout or b"") + (error.stderr or b"")).decode(errors="replace")
+            raise RuntimeError(f"the tests did not end within {RUN_SECONDS} s:\n{shown[-3000:]}") from error
         seconds = time.perf_counter() - started
         if done.returncode not in (0, 1) or not report.is_file():
             raise RuntimeError(f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")

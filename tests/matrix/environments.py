@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 
+# pip may wait long for an index that does not answer.
+INSTALL_SECONDS = 900
 SHOWN = ("transformers", "huggingface_hub", "tokenizers", "accelerate", "torch")
 
 
@@ -35,8 +37,11 @@ def default_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")).expanduser() / "hrm-text" / "matrix"
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], seconds: float | None = None) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{' '.join(command)} did not end within {seconds:.0f} s") from error
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr).strip()[-3000:]}")
     return done.stdout
@@ -68,7 +73,13 @@ def make_environment(wanted: str, home: Path) -> Environment:
         # torch is named so that no version of transformers can bring another one, and datasets so that its release
         # fits the huggingface_hub that the version wants: the library's Trainer imports it.
         torch = f"torch=={version('torch').split('+')[0]}"
-        _run([*pip, f"transformers=={wanted}", "accelerate", "datasets", torch])
+        try:
+            _run([*pip, f"transformers=={wanted}", "accelerate", "datasets", torch], INSTALL_SECONDS)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the environment of transformers {wanted} could not be made in {folder}; is the package index within "
+                f"reach?\n{error}"
+            ) from error
         (folder / "ready").touch()
     packages = _releases(python)
     if packages["transformers"] != wanted:

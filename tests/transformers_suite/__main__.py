@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,21 +14,11 @@ from pathlib import Path
 import transformers
 from tqdm import tqdm
 
+from tests.transformers_suite.process import run_tests, stop_all
 from tests.transformers_suite.report import FAILED, Outcome, render, succeeded
 from tests.transformers_suite.source import assemble, checkout_tests, default_cache, fetch_tests
 from tests.transformers_suite.testers import DEFAULT_VARIANTS, LIBRARY, OURS, ROOT, VARIANTS
 
-
-# Runs in a process of its own for each implementation and variant: the mixins choose their skips when imported.
-CHILD = """
-import json, sys
-import pytest
-from tests.transformers_suite.report import Collector
-collector = Collector()
-code = pytest.main(sys.argv[2:], plugins=[collector])
-with open(sys.argv[1], "w") as file:
-    json.dump({"code": int(code), "outcomes": collector.as_json()}, file)
-"""
 
 EPILOG = """examples:
   python -m tests.transformers_suite
@@ -71,6 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="run the tests that pytest's -k selects")
     parser.add_argument("--slow", action="store_true", help="run the tests that the library marks slow")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (2)")
+    parser.add_argument(
+        "--test-timeout", type=float, default=300, metavar="SECONDS", help="after which a test has failed (300)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output of failing tests")
     return parser.parse_args(arguments)
@@ -109,7 +102,6 @@ def run_case(
             CUDA_VISIBLE_DEVICES="",
         )
         environment.setdefault("OMP_NUM_THREADS", "1")
-        output = Path(scratch) / "outcomes.json"
         # The mixins bring markers and habits of their own, so neither our settings nor our conftest apply.
         settings = Path(scratch) / "pytest.ini"
         settings.write_text("[pytest]\n")
@@ -117,19 +109,11 @@ def run_case(
         options += ["-c", str(settings), "--rootdir", str(ROOT), "--confcutdir", scratch]
         keyword = keyword or args.keyword
         options += ["-k", keyword] if keyword else []
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(output), *options, str(Path(__file__).parent / "cases.py")],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        printed = done.stdout[-60_000:] + done.stderr[-5_000:]
-        result = json.loads(output.read_text()) if output.is_file() else {"code": -1, "outcomes": []}
-        # 0: all passed, 1: some failed, 5: none selected. Anything else is no result.
-        if result["code"] not in (0, 1, 5):
-            raise RuntimeError(f"pytest could not run {implementation}, {variant}:\n{printed}")
-        return [Outcome(**outcome) for outcome in result["outcomes"]], printed
+        cases = str(Path(__file__).parent / "cases.py")
+        try:
+            return run_tests([*options, cases], args.test_timeout, environment)
+        except RuntimeError as error:
+            raise RuntimeError(f"pytest could not run {implementation}, {variant}:\n{error}") from error
 
 
 def repeat_in_float32(package_home: Path, results: dict, args: argparse.Namespace) -> None:
@@ -143,8 +127,26 @@ def repeat_in_float32(package_home: Path, results: dict, args: argparse.Namespac
                     failing[outcome.test].in_float32 = outcome.status
 
 
+def run_all(
+    package_home: Path, pool: ThreadPoolExecutor, implementations: list[str], args: argparse.Namespace
+) -> dict:
+    """variant -> implementation -> test -> outcome."""
+    runs = [(variant, name) for variant in args.variants for name in implementations]
+    waiting = {run: pool.submit(run_case, package_home, run[1], run[0], args) for run in runs}
+    results: dict = {variant: {} for variant in args.variants}
+    for (variant, name), future in tqdm(waiting.items(), unit="run", disable=None):
+        outcomes, printed = future.result()
+        results[variant][name] = {outcome.test: outcome for outcome in outcomes}
+        if args.verbose:
+            print(printed)
+    repeat_in_float32(package_home, results, args)
+    return results
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    # Processes that run tests have sessions of their own, and would outlive a program that is simply ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     implementations = [args.only] if args.only else [OURS, LIBRARY]
     if LIBRARY in implementations and not hasattr(transformers, "HrmTextForCausalLM"):
         print(f"transformers {transformers.__version__} has no HRM-Text class of its own: no baseline to measure")
@@ -155,16 +157,13 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             tests = fetch_tests(transformers.__version__, args.cache)
         with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(args.jobs) as pool:
-            standins = assemble(tests, Path(home))
-            runs = [(variant, name) for variant in args.variants for name in implementations]
-            waiting = {run: pool.submit(run_case, Path(home), run[1], run[0], args) for run in runs}
-            results: dict = {variant: {} for variant in args.variants}
-            for (variant, name), future in tqdm(waiting.items(), unit="run", disable=None):
-                outcomes, printed = future.result()
-                results[variant][name] = {outcome.test: outcome for outcome in outcomes}
-                if args.verbose:
-                    print(printed)
-            repeat_in_float32(Path(home), results, args)
+            try:
+                standins = assemble(tests, Path(home))
+                results = run_all(Path(home), pool, implementations, args)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                stop_all()
+                raise
     except (RuntimeError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

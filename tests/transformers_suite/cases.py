@@ -21,7 +21,7 @@ import transformers.utils
 from transformers.testing_utils import slow
 
 from tests.transformers_suite import distributed
-from tests.transformers_suite.testers import OURS, HrmTextTester, load_classes, selected
+from tests.transformers_suite.testers import LIBRARY, OURS, HrmTextTester, load_classes, selected
 
 
 # Some mixins import transformers from the source tree beside their folder; here it is the installed package.
@@ -229,6 +229,30 @@ class HrmTextSuite(
             with self._loading_without_stacks():
                 super().test_can_init_all_missing_weights()
 
+        @contextlib.contextmanager
+        def _conversions_of_the_library(self):
+            """Hands the tests what the library's class converts, since ours converts nothing and would skip."""
+            library = load_classes(LIBRARY)
+            if library.base is None:
+                self.skipTest("this version has no HRM-Text of its own, hence no conversions")
+            common = sys.modules[ids_tensor.__module__]
+            mapping = common.get_model_conversion_mapping(
+                library.base(HrmTextTester(library, VARIANT).get_config()), add_legacy=False
+            )
+            with mock.patch.object(common, "get_model_conversion_mapping", lambda model, **kwargs: mapping):
+                yield
+
+        def test_reverse_loading_mapping(self):
+            # Changed: the names that are saved are those of the model itself. They must still be what the library's
+            # class converts from, and come out the same however the model was made.
+            with self._conversions_of_the_library():
+                super().test_reverse_loading_mapping(check_keys_were_modified=False)
+
+        def test_can_load_from_already_mapped_keys(self):
+            # Changed: it runs although there is nothing to convert; `save_original_format` must not matter.
+            with self._conversions_of_the_library():
+                super().test_can_load_from_already_mapped_keys()
+
         def test_tp_backward(self):
             # Changed: the reference gradient of gqkv_proj is cut into four packed parts, not two or one.
             with distributed.four_part_reference_gradients():
@@ -238,9 +262,11 @@ class HrmTextSuite(
 # A version of transformers that lacks a test has nothing to override.
 for _name in (
     "test_can_init_all_missing_weights",
+    "test_can_load_from_already_mapped_keys",
     "test_load_with_mismatched_shapes",
     "test_model_weights_reload_no_missing_tied_weights",
     "test_retain_grad_hidden_states_attentions",
+    "test_reverse_loading_mapping",
     "test_torch_compile_for_training",
     "test_tp_backward",
 ):

@@ -1,22 +1,13 @@
-"""Collects what pytest ran and prints it: per variant ours beside the library's class, then every difference."""
+"""What became of the tests, and the report: per variant ours beside the library's class, then every difference."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
-
-# Tests of machinery that the library's class has and ours has no use for; they skip themselves.
-NOT_APPLICABLE = {
-    "test_reverse_loading_mapping": "our parameters carry the names of the file, so nothing is converted",
-    "test_can_load_from_already_mapped_keys": "our parameters carry the names of the file, so nothing is converted",
-    "test_capture_outputs_decorator": "our loop collects hidden states and attentions itself, without the decorator",
-    "test_can_capture_specific_layers_hidden_states": "a list of layers is a feature of that decorator",
-}
 
 
 @dataclass
@@ -37,29 +28,6 @@ class Outcome:
     in_float32: str = ""
 
 
-class Collector:
-    """pytest plugin: one `Outcome` for each test; a failing subtest or teardown fails its test."""
-
-    def __init__(self) -> None:
-        self.outcomes: dict[str, Outcome] = {}
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        name = report.nodeid.rsplit("::", 1)[-1]
-        outcome = self.outcomes.setdefault(name, Outcome(name, PASSED))
-        outcome.seconds += report.duration
-        if report.failed:
-            outcome.status = FAILED
-            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
-            outcome.reason = (lines[0][2:].strip() if lines else f"failed in {report.when}")[:300]
-        elif report.skipped and outcome.status == PASSED:
-            outcome.status = SKIPPED
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-            outcome.reason = reason.removeprefix("Skipped: ")[:300]
-
-    def as_json(self) -> list[dict[str, Any]]:
-        return [asdict(outcome) for outcome in self.outcomes.values()]
-
-
 def _counts(outcomes: dict[str, Outcome]) -> str:
     count = Counter(outcome.status for outcome in outcomes.values())
     return f"{len(outcomes):>4} {count[PASSED]:>7} {count[SKIPPED]:>8} {count[FAILED]:>7}"
@@ -77,8 +45,6 @@ def differences(
     lost, failing, gained = [], [], []
     for name, outcome in ours.items():
         there = library[name].status if name in library else None
-        if outcome.status == SKIPPED and name in NOT_APPLICABLE:
-            continue
         if outcome.status != PASSED and there == PASSED:
             lost.append(outcome)
         elif outcome.status == FAILED:
@@ -131,11 +97,6 @@ def render(version: str, standins: list[str], results: dict[str, dict[str, dict[
                 for o in outcomes:
                     again = f"; in float32: {o.in_float32}" if o.in_float32 else ""
                     lines.append(f"  {o.test}" + (f" ({o.status}: {o.reason}{again})" if with_reason else ""))
-    ours = [o for by in results.values() for o in by.get("ours", {}).values()]
-    skipped = sorted({o.test for o in ours if o.status == SKIPPED and o.test in NOT_APPLICABLE})
-    if skipped:
-        lines += ["", "Skipped by ours because it has no use for what they test:"]
-        lines += [f"  {test}: {NOT_APPLICABLE[test]}" for test in skipped]
     for implementation in ("ours", "library"):
         outcomes = next((by[implementation] for by in results.values() if implementation in by), None)
         if outcomes:

@@ -52,7 +52,13 @@ def _download(version: str, destination: Path) -> Path:
     # pip builds the metadata of what it downloads. Where the isolated build environment cannot be made, the
     # setuptools of this environment serve as well.
     for extra in ([], ["--no-build-isolation"]):
-        done = subprocess.run(command + extra, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command + extra, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(
+                f"pip did not get the source distribution of transformers {version} within 10 minutes; is the package "
+                "index within reach? A checkout of the transformers repository serves as well: --transformers-src."
+            ) from error
         archives = sorted(destination.glob("transformers-*.tar.gz"))
         if done.returncode == 0 and archives:
             return archives[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ EPILOG = """examples:
   python -m tests.transformers_suite.tokenizer --transformers-src ~/src/transformers -k chat
 
 exit status: 0 when every test passes or is skipped for a reason that is printed; 1 otherwise; 2 when the tests cannot
-be found.
+be found or a package that they need is missing.
 """
 
 
@@ -36,6 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"folder for downloaded tests ({default_cache()})")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="run the tests that pytest's -k selects")
     options = parser.parse_args(arguments)
+    if transformers.__version__.startswith("4."):
+        try:
+            importlib.import_module("google.protobuf")
+        except ImportError:
+            print("transformers 4 needs protobuf for these tests: pip install protobuf", file=sys.stderr)
+            return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         source = options.transformers_src
