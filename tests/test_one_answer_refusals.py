@@ -231,6 +231,7 @@ def test_paged_forward_is_refused(model):
             network(ids, position_ids=torch.arange(7)[None], cache=object(), read_index=[], write_index=[])
 
 
+@pytest.mark.filterwarnings("ignore:.*prefix is no longer needed:FutureWarning")
 @pytest.mark.parametrize("name", ["paged|sdpa", "paged|eager", "sdpa_paged", "eager_paged"])
 def test_paged_attention_names(model, name):
     """Refused when set or when called; where transformers takes the prefix off the name, the answer is right."""
