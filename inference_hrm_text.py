@@ -115,7 +115,9 @@ class InferenceMixin:
             options["mode"] = None
         kept = ("backend", "dynamic", "fullgraph", "mode", "options")
         chosen = tuple((key, options[key]) for key in kept if options.get(key) is not None)
-        return functools.partial(self._call_with_compiled_layers, chosen)
+        # Under the name by which transformers tells that `generate` has compiled.
+        self._compiled_call = functools.partial(self._call_with_compiled_layers, chosen)
+        return self._compiled_call
 
     def _call_with_compiled_layers(self, options: tuple[tuple[str, Any], ...], *args: Any, **kwargs: Any) -> Any:
         network = getattr(self, self.base_model_prefix, self)
