@@ -245,6 +245,7 @@ def test_shards_train_as_one_process_and_go_on_from_a_checkpoint(folder, data, t
         assert judged[0] == judged[1]
         shutil.rmtree(two / "checkpoint-4")
         (two / "summary.json").unlink()
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
     name = "adapter_model.safetensors" if "--lora" in more else "model.safetensors"
     for part in ("", "raw"):
         ours, theirs = (load_file(tmp_path / run / part / name) for run in ("one", "two"))

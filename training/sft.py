@@ -99,6 +99,9 @@ def save(trainer: HrmTextTrainer, tokenizer: Any, folder: Path, origin: Path, dt
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         adapters = hasattr(model, "peft_config")
         if not adapters:
+            if trainer.is_fsdp_enabled:
+                # Sharding put a class of torch's own around the model's, whose code would be saved as the model's.
+                model = AutoModelForCausalLM.from_pretrained(origin, trust_remote_code=True)
             state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
             model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
@@ -130,7 +133,9 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     several = _processes() > 1
     on_cpu = options.cpu or not torch.cuda.is_available()
     if options.fsdp:
-        os.environ.setdefault("FSDP_VERSION", "2")  # transformers before 5.10 knows no other place to say so
+        os.environ.setdefault("FSDP_VERSION", "2")  # which older transformers do not say themselves
+    # What older transformers know as two words is one switch from 5.16 on, or somewhat before.
+    sharded = True if hasattr(TrainingArguments, "_apply_legacy_fsdp_to_config") else "full_shard auto_wrap"
     return TrainingArguments(
         output_dir=str(options.output / WORK),
         num_train_epochs=options.epochs,
@@ -142,7 +147,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         ddp_backend="gloo" if several and on_cpu else None,
         bf16=options.bf16,
         use_cpu=on_cpu,
-        fsdp="full_shard auto_wrap" if options.fsdp else "",
+        fsdp=sharded if options.fsdp else None,
         fsdp_config={"transformer_layer_cls_to_wrap": ["HrmTextDecoderLayer"]} if options.fsdp else None,
         logging_steps=options.logging_steps,
         logging_first_step=True,
