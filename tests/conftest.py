@@ -1,13 +1,19 @@
 """Tests run offline, on the CPU's float32, with a module cache of their own."""
 
 import os
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import tempfile
 
 import pytest
 import torch
+
+
+# transformers and the packages below it read these when they are imported, which the tests do after this file.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One for every process, workers of xdist included: remote code that two of them copy to one place at a time, perhaps
+# for two versions of transformers, is now and then half of the one and half of the other.
+_MODULES = tempfile.TemporaryDirectory(prefix="modules_", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
 
 @pytest.fixture(autouse=True)
