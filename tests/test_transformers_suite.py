@@ -58,6 +58,21 @@ def test_rounding_is_excused_where_weights_are_large(variant, in_float32, good):
     assert not succeeded(results)
 
 
+def test_a_baseline_of_another_variant_excuses_nothing():
+    library = outcomes(passes=PASSED, skips=SKIPPED, fails=FAILED)
+    measured = {"ours": outcomes(passes=PASSED, skips=SKIPPED, fails=FAILED), "library": library}
+    for test, status, good in (
+        ("passes", SKIPPED, False),
+        ("skips", SKIPPED, True),
+        ("skips", FAILED, False),
+        ("fails", FAILED, False),
+        ("fails", PASSED, True),
+    ):
+        results = {"half": {"ours": outcomes(**{test: status})}, "half-0.1": measured}
+        assert succeeded(results) is good
+        assert "[half] ours is held against what the library's class passes in half-0.1" in render("5", [], results)
+
+
 def test_a_test_that_hangs_or_dies_has_failed_and_the_others_go_on(tmp_path):
     module = tmp_path / "test_some.py"
     module.write_text(

@@ -25,6 +25,8 @@ EPILOG = """examples:
       ours and the library's class, four variants, on the tests of the installed version's source distribution
   python -m tests.transformers_suite --transformers-src ~/src/transformers
       the same on a checkout, which adds the generation and export tests
+  python -m tests.transformers_suite --library-variants half-0.1
+      the library's class in one variant, which ours is held against in the others too: a third less work
   python -m tests.transformers_suite --only ours --variants half-0.1 --slow -k compile
       one variant of ours, slow tests included, tests whose name contains "compile"
 
@@ -56,6 +58,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=list(DEFAULT_VARIANTS),
         metavar="NAME",
         help=f"{', '.join(VARIANTS)} ({' '.join(DEFAULT_VARIANTS)})",
+    )
+    parser.add_argument(
+        "--library-variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help="run the library's class in these only, and hold ours against them in all (all that are run)",
     )
     parser.add_argument("--only", choices=(OURS, LIBRARY), help="run one implementation instead of both")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="run the tests that pytest's -k selects")
@@ -131,7 +140,8 @@ def run_all(
     package_home: Path, pool: ThreadPoolExecutor, implementations: list[str], args: argparse.Namespace
 ) -> dict:
     """variant -> implementation -> test -> outcome."""
-    runs = [(variant, name) for variant in args.variants for name in implementations]
+    measured = args.library_variants or args.variants
+    runs = [(v, name) for v in args.variants for name in implementations if name == OURS or v in measured]
     waiting = {run: pool.submit(run_case, package_home, run[1], run[0], args) for run in runs}
     results: dict = {variant: {} for variant in args.variants}
     for (variant, name), future in tqdm(waiting.items(), unit="run", disable=None):

@@ -122,6 +122,20 @@ class HrmTextSuite(
         self.assertEqual(model(**inputs).last_hidden_state.shape, shape)
         self.assertEqual(model(inputs["input_ids"]).last_hidden_state.shape, shape)
 
+    # What the library asks of its own class in `models/hrm_text/`. It also asks that flash attention be refused with a
+    # prefix; ours serves it, see tests/test_one_answer_backends.py.
+
+    def test_prefix_lm_forward(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config.prefix_lm = True
+        model = CLASSES.causal_lm(config).eval()
+        types = torch.zeros_like(inputs["input_ids"])
+        types[:, : types.shape[1] // 2] = 1
+        with torch.no_grad():
+            causal = model(inputs["input_ids"], use_cache=False).logits
+            prefix = model(inputs["input_ids"], token_type_ids=types, use_cache=False).logits
+        self.assertGreater((causal - prefix).abs().max().item(), 1e-4)
+
     def _sequence_classification(self, problem_type, labels):
         if CLASSES.sequence_classification is None:
             self.skipTest("Model does not support sequence classification")
