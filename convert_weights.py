@@ -84,17 +84,17 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     if not dry_run and output is None:
         raise ConversionError("--output is missing: name the folder to write")
-    folder, label = locate(source)
-    if not dry_run:
-        check_output(Path(output), folder, force)
-
-    opening = {
-        "path": folder.absolute(),
-        "epoch": epoch,
-        "weights": weights,
-        "tokenizer": Path(tokenizer).absolute() if tokenizer else None,
-    }
-    plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes)
+    opening = {"epoch": epoch, "weights": weights, "tokenizer": Path(tokenizer).absolute() if tokenizer else None}
+    try:
+        folder, label = locate(source)
+        opening["path"] = folder.absolute()
+        if not dry_run:
+            check_output(Path(output), folder, force)
+        plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes)
+    except OSError as error:  # a folder on the way to a file may be closed to this user, too
+        raise ConversionError(
+            f"{error.filename or source} cannot be read ({error.strerror}): check the disk and permissions"
+        ) from None
     for warning in plan.source.warnings:
         warnings.warn(warning, stacklevel=2)
     if dry_run:
@@ -103,10 +103,10 @@ def convert(
     needed = plan.nbytes + sum(len(content) for content in plan.files.values()) + 2**20
     found = None
     with staged(Path(output), needed) as (temporary, put_in_place):
-        digests = write(plan, temporary, progress)
+        write(plan, temporary, progress)
         if verification:
             readable = {key: str(value) if isinstance(value, Path) else value for key, value in opening.items()}
-            found = verify(temporary, readable, plan.config, digests, remote_code="auto_map" in plan.config)
+            found = verify(temporary, readable, plan.config, remote_code="auto_map" in plan.config)
             if found.differences:
                 raise ConversionError(
                     f"{output}: the reloaded folder is not the source ({len(found.differences)} differences, first: "
@@ -129,7 +129,10 @@ def parse_size(text: str | int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.private or options.revision) and not options.push_to_hub:
+        parser.error("--private and --revision are for --push-to-hub USER/NAME, which is missing")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)

@@ -168,6 +168,8 @@ def from_published(
     for key in ("attention_bias", "mlp_bias"):
         if config.pop(key, False):
             raise ConversionError(f"{where}: {key} is true, and HRM-Text has no biases")
+    if config.pop("hidden_act", "silu") != "silu":
+        raise ConversionError(f"{where}: hidden_act is {short(stored['hidden_act'])}, and HRM-Text has 'silu' only")
     for field, found in (
         ("hidden_size", dimensions.hidden),
         ("intermediate_size", dimensions.intermediate),
@@ -233,6 +235,7 @@ def complete(config: dict[str, Any], dimensions: Dimensions, origin: str) -> dic
         **config,
         "model_type": "hrm_text",
         "architectures": ["HrmTextForCausalLM"],
+        "hidden_act": "silu",
         "vocab_size": dimensions.vocabulary,
         "hidden_size": dimensions.hidden,
         "intermediate_size": dimensions.intermediate,

@@ -1,6 +1,7 @@
 """Checkpoints of every form, opened by what is in them, behind one interface: a config, specs, and `read(name)`."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,12 +291,15 @@ def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
 def _header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     """Spec and offset of each tensor in a safetensors file, whose header the library has checked."""
     try:
-        with safe_open(file, framework="pt", device="cpu"):
-            pass
         with open(file, "rb") as opened:
+            # The library says of every file that it cannot open that there is none.
+            with safe_open(file, framework="pt", device="cpu"):
+                pass
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        size = file.stat().st_size
+            size = os.fstat(opened.fileno()).st_size
+    except PermissionError as error:
+        raise ConversionError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
     except (OSError, SafetensorError, OverflowError, MemoryError, ValueError) as error:
         raise ConversionError(f"{file} is damaged or no safetensors file ({error}): download it again") from None
     tensors = {}

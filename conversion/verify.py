@@ -42,28 +42,19 @@ class Verification:
         ]
 
 
-def verify(
-    folder: Path, source: dict[str, Any], config: dict[str, Any], digests: dict[str, str], remote_code: bool
-) -> Verification:
+def verify(folder: Path, source: dict[str, Any], config: dict[str, Any], remote_code: bool) -> Verification:
     """Compares a folder with its source in a new process.
 
     Args:
         folder: the converted folder.
         source: the arguments of `open_source` that opened the source, JSON-ready.
         config: the config that was written, as it is in memory.
-        digests: SHA-256 of each tensor's bytes in the config's dtype, taken when the source was read.
         remote_code: load through the folder's own modules; else through transformers' class.
 
     Raises:
         ConversionError: the process failed; the message ends in its last line.
     """
-    request = {
-        "folder": str(folder),
-        "source": source,
-        "config": config,
-        "digests": digests,
-        "remote_code": remote_code,
-    }
+    request = {"folder": str(folder), "source": source, "config": config, "remote_code": remote_code}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as modules:
         environment = {
@@ -87,16 +78,43 @@ def verify(
 
 
 def _findings(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
     import transformers
     from transformers import AutoModelForCausalLM
 
-    folder, expected = request["folder"], request["digests"]
-    if not request["remote_code"] and not hasattr(transformers, "HrmTextConfig"):
-        return _files_only(Path(folder), expected, transformers.__version__)
+    from .sources import open_source
+    from .writer import same_bits
+
+    folder, config = Path(request["folder"]), request["config"]
+    opening = {**request["source"], "path": Path(request["source"]["path"])}
+    if opening.get("tokenizer"):
+        opening["tokenizer"] = Path(opening["tokenizer"])
+    source, written = open_source(**opening), open_source(folder)
+    if not request["remote_code"] and _library_class() is None:
+        differences = _unequal_files(source, written, list(source.specs))
+        return {
+            "loaded_as": f"plain files: transformers {transformers.__version__} has no hrm_text class (5.9 has)",
+            "tensors": len(source.specs) - len(differences),
+            "logits": "not computed",
+            "tokenizer": "not loaded",
+            "differences": differences,
+        }
+    dtype = getattr(torch, config["dtype"])
+    # A tensor that the file keeps wider than the model is rounded on loading, which could hide a difference.
+    differences = _unequal_files(
+        source, written, [name for name, spec in written.specs.items() if spec.dtype != dtype]
+    )
+
+    # The model in memory comes first: its weights, which are the source's, go as they are compared, so that no two
+    # copies of a large model are held.
+    prompt = _fixed_prompt(config)
+    model, expected = _in_memory(request, source, dtype)
+    wanted = _logits(model, prompt)
+    del model
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
     )
-    differences = [
+    differences += [
         f"{kind.removesuffix('_keys')} on loading: {key}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         for key in info[kind]
@@ -104,68 +122,72 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     state = model.state_dict()
     differences += [f"{name} is not in the loaded model" for name in expected.keys() - state.keys()]
     differences += [f"{name} is in the loaded model only" for name in state.keys() - expected.keys()]
-    differences += _unequal(expected, state)
+    compared = sorted(expected.keys() & state.keys())
+    unequal = [
+        f"{name} differs from the source" for name in compared if not same_bits(state[name], expected.pop(name))
+    ]
+    differences += unequal
 
-    prompt = _fixed_prompt(request["config"])
     logits = _logits(model, prompt)
-    model_class, config_class = type(model), type(model.config)
-    attention = model.config._attn_implementation
-    del model, state
-
-    in_memory = _in_memory(model_class, config_class, request, attention)
-    difference = (logits - _logits(in_memory, prompt)).abs().max().item()
-    allowed = 1e-5 if request["config"]["dtype"] in ("float32", "float64") else 2e-2
+    difference = (logits - wanted).abs().max().item()
+    allowed = 1e-5 if config["dtype"] in ("float32", "float64") else 2e-2
     if not logits.isfinite().all():
         differences.append("the logits hold NaN or infinite values")
-    elif not difference <= allowed * max(1.0, logits.abs().max().item()):
+    elif not difference <= allowed * max(1.0, wanted.abs().max().item()):
         differences.append(f"the logits differ from the in-memory model's by {difference:.3g}")
     tokenizer, faults = _tokenizer(folder, request)
     return {
-        "loaded_as": f"{model_class.__name__}, transformers {transformers.__version__}",
-        "tensors": len(expected) - sum(" differs" in line for line in differences),
+        "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
+        "tensors": len(compared) - len(unequal),
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
         "tokenizer": tokenizer,
         "differences": differences + faults,
     }
 
 
-def _in_memory(model_class: Any, config_class: Any, request: dict[str, Any], attention: str) -> Any:
-    """A model made from the config and the source's tensors in memory, which no file of the folder has part in."""
+def _library_class() -> Any:
+    """Transformers' own class, None where it has none (before 5.9)."""
+    import transformers
+
+    return getattr(transformers, "HrmTextForCausalLM", None)
+
+
+def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """A model made from the config and the source's tensors in memory, which no file of the folder but its code has
+    part in; and those tensors by their names in it."""
     import torch
+    from accelerate import init_empty_weights
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from .layout import split_names
-    from .sources import open_source
 
-    source = {**request["source"], "path": Path(request["source"]["path"])}
-    if source.get("tokenizer"):
-        source["tokenizer"] = Path(source["tokenizer"])
-    opened = open_source(**source)
-    config = config_class(**{key: value for key, value in request["config"].items() if key != "auto_map"})
-    config._attn_implementation = attention
-    dtype = getattr(torch, request["config"]["dtype"])
+    config = request["config"]
+    if request["remote_code"]:
+        model_class = get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], request["folder"])
+    else:
+        model_class = _library_class()
+    settings = model_class.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        # Every weight is filled below: this process, which ends soon, need not draw random ones for a minute.
-        base = next(ancestor for ancestor in model_class.__mro__ if "_init_weights" in vars(ancestor))
-        base._init_weights = lambda model, module: None
-        model = model_class(config).eval()
+        with init_empty_weights(include_buffers=False):
+            model = model_class(settings).eval()
     finally:
         torch.set_default_dtype(default)
-    state = model.state_dict()
-    with torch.no_grad():
-        for name in opened.specs:
-            parts = (name,) if name in state else split_names(name)
-            for part, value in zip(parts, opened.read(name).chunk(len(parts)), strict=True):
-                state[part].copy_(value)
-    return model
+    names = model.state_dict().keys()
+    tensors = {}
+    for name in source.specs:
+        parts = (name,) if name in names else split_names(name)
+        tensors.update(zip(parts, source.read(name).to(dtype).chunk(len(parts)), strict=True))
+    model.load_state_dict(tensors, assign=True)
+    return model, tensors
 
 
-def _tokenizer(folder: str, request: dict[str, Any]) -> tuple[str, list[str]]:
+def _tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
     """What the folder's tokenizer is, and where it disagrees with the config."""
     from transformers import AutoTokenizer
 
-    if not (Path(folder) / "tokenizer.json").exists():
+    if not (folder / "tokenizer.json").exists():
         return "none was found: pass --tokenizer to make the folder complete", []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     faults = []
@@ -176,31 +198,14 @@ def _tokenizer(folder: str, request: dict[str, Any]) -> tuple[str, list[str]]:
     return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens", faults
 
 
-def _files_only(folder: Path, expected: dict[str, str], version: str) -> dict[str, Any]:
-    """The comparison that is left where the installed transformers has no class for the split layout."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(file))
-    differences = [f"{name} is in one of them only" for name in expected.keys() ^ state.keys()]
-    differences += _unequal(expected, state)
-    return {
-        "loaded_as": f"plain files: transformers {version} has no hrm_text class (5.9 has)",
-        "tensors": len(expected) - len(differences),
-        "logits": "not computed",
-        "tokenizer": "not loaded",
-        "differences": differences,
-    }
-
-
-def _unequal(expected: dict[str, str], state: dict[str, Any]) -> list[str]:
-    from .writer import tensor_digest
+def _unequal_files(source: Any, written: Any, names: list[str]) -> list[str]:
+    """The tensors of these published names that differ between the source and the files of the folder."""
+    from .writer import same_bits
 
     return [
         f"{name} differs from the source"
-        for name in expected.keys() & state.keys()
-        if tensor_digest(state[name]) != expected[name]
+        for name in names
+        if not same_bits(written.read(name), source.read(name).to(written.specs[name].dtype))
     ]
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,8 @@ except ImportError:  # no file locks on this system: what a killed run leaves be
     fcntl = None
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SYNC_BYTES = 2**26
 # What a converted or saved model folder consists of; a folder with anything else is not deleted.
 _MODEL_FILES = {".gitattributes", "LICENSE", "README.md", "chat_template.jinja", "merges.txt", "vocab.json"}
 _MODEL_SUFFIXES = {".json", ".py", ".safetensors"}
@@ -54,10 +57,11 @@ def shard_index(shards: dict[str, list[str]], specs: dict[str, TensorSpec]) -> b
 
 
 class ShardWriter:
-    """One safetensors file, written in the order of its specs; `digest` is its SHA-256 after `close`.
+    """One safetensors file, written in the order of its specs.
 
     The file's header comes first and holds every offset, so that the tensors can follow one by one without being held
-    together (https://github.com/huggingface/safetensors, "Format").
+    together (https://github.com/huggingface/safetensors, "Format"). A tensor is hashed, and what was written before it
+    goes to the disk, while the next is read: two tensors are in memory.
     """
 
     def __init__(self, path: Path, specs: dict[str, TensorSpec]):
@@ -73,12 +77,17 @@ class ShardWriter:
             end += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self._path = path
         self._hash = hashlib.sha256()
         self._file = open(path, "xb")  # noqa: SIM115 - `close` and `abort` end it
+        self._threads = ThreadPoolExecutor(2)
+        self._hashed: Future | None = None
+        self._synced: Future | None = None
+        self._unsynced = 0
         self._put(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Appends the next tensor. It must be the next of the specs, in their shape and dtype."""
+        """Appends the next tensor, which must not be changed after. It must be the next of the specs, as they say."""
         expected = next(iter(self._pending))
         spec = self._pending.pop(expected)
         if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
@@ -86,19 +95,44 @@ class ShardWriter:
         self._put(tensor_bytes(tensor))
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        self._file.write(data)
+        with naming(self._path):
+            if self._hashed is not None:
+                self._hashed.result()
+            self._hashed = self._threads.submit(self._hash.update, data)
+            self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced >= _SYNC_BYTES and (self._synced is None or self._synced.done()):
+                if self._synced is not None:
+                    self._synced.result()
+                # The system would leave the disk idle until gigabytes are due, and `close` would wait for them all.
+                self._synced = self._threads.submit(os.fsync, self._file.fileno())
+                self._unsynced = 0
 
     def close(self) -> str:
         """Brings the file to the disk and returns its SHA-256."""
         if self._pending:
             raise ValueError(f"{next(iter(self._pending))} was not written")
-        _flush(self._file)
+        with naming(self._path):
+            self._threads.shutdown()
+            if self._synced is not None:
+                self._synced.result()
+            _flush(self._file)
         return self._hash.hexdigest()
 
     def abort(self) -> None:
         """Closes an unfinished file."""
+        self._threads.shutdown()
         self._file.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an error of the system name the file: an error in writing to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -106,14 +140,17 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the tensor's bytes in row order."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit, also in the sign of zeros."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
 def write_file(path: Path, content: bytes) -> str:
     """Writes a small file to the disk and returns its SHA-256."""
-    with open(path, "xb") as file:
+    with naming(path), open(path, "xb") as file:
         file.write(content)
         _flush(file)
     return hashlib.sha256(content).hexdigest()
@@ -190,9 +227,11 @@ def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]
         yield folder, lambda: _put_in_place(folder, output)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        path = Path(error.filename or folder)
+        file = f": {path.name}" if path.parent == folder else ""
         raise ConversionError(
-            f"--output {output} could not be written ({reason}): make room or choose another disk; "
-            "nothing was changed there"
+            f"--output {output}{file} could not be written ({reason}): make room or choose another disk; "
+            "the output is as it was"
         ) from None
     finally:
         # After the swap this name holds the old output, or nothing.

@@ -1,5 +1,6 @@
 """Broken sources: one line that names the file and the remedy, nothing written; and kills at any moment."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from conversion.sources import open_source
 from convert_weights import convert
 
 from .checkpoints import REFERENCE, assert_refused, published_config, published_tensors, save_published, split_tensors
-from .test_convert_output import snapshot
+from .test_convert_output import small_tokenizer, snapshot
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,6 +276,78 @@ def test_files_that_fail_while_they_are_read(tmp_path, training, form):
     file.mkdir()
     with pytest.raises(ConversionError, match=f"{file.name} cannot be read .Is a directory"):
         opened.read("lm_head.weight")
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from convert_weights import main
+
+for line in sys.stdin:
+    locked, *arguments = line.split()
+    path = Path(locked)
+    mode = path.stat().st_mode
+    path.chmod(0o555 if path.name == "full" else 0)
+    try:
+        print(main([*arguments, "--no-verify"]), flush=True)
+    finally:
+        path.chmod(mode)
+"""
+
+
+def without_the_superusers_rights():
+    """Permissions do not bind the superuser, who runs tests in containers; without two capabilities they do."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_files_that_may_not_be_read_or_written(tmp_path, training):
+    """One line for each, which names the file; and nothing is left behind."""
+    save_published(tmp_path / "model", shards=2)
+    save_published(tmp_path / "closed" / "model")
+    small_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "full").mkdir()
+    train = ["checkpoint"]
+    cases = [
+        ("checkpoint", train),
+        ("checkpoint/all_config.yaml", train),
+        ("checkpoint/train_metadata.yaml", train),
+        ("checkpoint/fsdp2_epoch_1", train),
+        ("checkpoint/fsdp2_epoch_1/.metadata", train),
+        ("checkpoint/fsdp2_epoch_1/__0_0.distcp", train),
+        ("tokenizer", [*train, "--tokenizer", "tokenizer"]),
+        ("tokenizer/tokenizer.json", [*train, "--tokenizer", "tokenizer"]),
+        ("model", ["model"]),
+        ("model/config.json", ["model"]),
+        ("model/model.safetensors.index.json", ["model"]),
+        ("model/model-00002-of-00002.safetensors", ["model"]),
+        ("closed", ["closed/model"]),
+        ("full", ["model", "--output", "full/out"]),
+        ("full", ["model", "--output", "full/further/out"]),
+    ]
+    lines = []
+    for locked, arguments in cases:
+        output = [] if "--output" in arguments else ["--output", str(tmp_path / "out")]
+        paths = [str(tmp_path / word) if not word.startswith("-") else word for word in arguments]
+        lines.append(" ".join([str(tmp_path / locked), *paths, *output]))
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", LOCKED.format(root=str(ROOT))],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        preexec_fn=without_the_superusers_rights,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"] * len(cases)
+    said = [line for line in done.stderr.splitlines() if line.startswith("convert_weights.py:")]
+    for (locked, _), line in zip(cases, said, strict=True):
+        assert str(tmp_path / locked) in line and "(Permission denied): c" in line
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_options_of_a_training_checkpoint_do_not_apply_to_others(tmp_path):

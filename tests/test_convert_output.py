@@ -98,7 +98,10 @@ def test_the_folder_is_complete(tmp_path, source):
 
 
 def test_the_config_has_what_other_loaders_read(tmp_path, source):
-    """The fields and names that vLLM's model and llama.cpp's converter take from a folder."""
+    """The fields and names that vLLM's model and llama.cpp's converter take from a folder.
+
+    vllm/model_executor/models/hrm_text.py and llama.cpp's conversion/hrm_text.py.
+    """
     run(source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     layers, H_cycles, L_cycles = (config[name] for name in ("num_layers_per_stack", "H_cycles", "L_cycles"))
@@ -108,6 +111,7 @@ def test_the_config_has_what_other_loaders_read(tmp_path, source):
     assert isinstance(config["embedding_scale"], float) and config["prefix_lm"] is True
     assert config["rope_parameters"] == {"rope_theta": 5000.0, "rope_type": "default"}
     assert {"intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps"} <= config.keys()
+    assert config["hidden_act"] == "silu" and config["tie_word_embeddings"] is False
     outer = {"model.embed_tokens.weight", "model.z_L_init", "lm_head.weight"}
     inner = {
         f"model.{stack}_module.layers.{index}.{name}.weight"

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 from conversion.errors import ConversionError
 from conversion.hub import check_repo_id
@@ -145,6 +151,28 @@ def test_a_folder_saved_after_fine_tuning_is_as_complete(converted, tmp_path):
         load_file(tmp_path / "ready" / "model.safetensors")["lm_head.weight"], model.lm_head.weight.data
     )
     assert {path.name for path in (tmp_path / "ready").iterdir()} == original
+
+
+def test_what_a_trainer_saves_is_as_complete(converted, tmp_path):
+    """Its model, and its checkpoints, which hold the state of the training besides."""
+    model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(converted, trust_remote_code=True)
+    ids = list(range(20, 32))
+    settings = TrainingArguments(
+        output_dir=tmp_path / "run", max_steps=1, save_steps=1, learning_rate=0.1, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": ids, "labels": ids}] * 8
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    wanted = {path.name for path in converted.iterdir()} - {"README.md"}
+    for number, folder in enumerate((tmp_path / "saved", tmp_path / "run" / "checkpoint-1")):
+        assert wanted <= {path.name for path in folder.iterdir()}
+        done = convert(folder, tmp_path / f"ready-{number}", progress=False)
+        assert done.verification.differences == [] and done.verification.tokenizer.startswith("HrmTextTokenizer")
+        tensors = load_file(tmp_path / f"ready-{number}" / "model.safetensors")
+        assert torch.equal(tensors["lm_head.weight"], model.lm_head.weight.data)
+        assert not torch.equal(tensors["lm_head.weight"], load_file(converted / "model.safetensors")["lm_head.weight"])
 
 
 PUSH = """

@@ -197,6 +197,7 @@ def test_a_consistent_folder_gives_no_warning(tmp_path, tensors, recwarn):
         ("num_key_value_heads", 1),
         ("tie_word_embeddings", True),
         ("attention_bias", True),
+        ("hidden_act", "gelu"),
         ("model_type", "llama"),
         ("rope_parameters", {"rope_theta": -1}),
         ("quantization_config", {"quant_method": "hqq"}),

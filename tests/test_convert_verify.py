@@ -1,8 +1,10 @@
 """The reload in a new process: what it compares, and that it sees what is wrong."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import convert_weights
 from conversion import output
 from conversion.errors import ConversionError
-from conversion.verify import verify
+from conversion.verify import _findings, verify
+from conversion.writer import same_bits
 from convert_weights import convert, main
 
 from .checkpoints import REFERENCE, older_config, published_tensors, save_published, save_training, split_tensors
@@ -39,9 +42,8 @@ def converted(tmp_path_factory):
 def check(converted, folder, **config):
     """Verifies `folder` against the conversion's source, as `convert` does before it puts a folder in place."""
     source, _, done = converted
-    digests = {name: output.tensor_digest(tensor) for name, tensor in load_file(source / "model.safetensors").items()}
     opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
-    return verify(folder, opening, {**done.plan.config, **config}, digests, remote_code=True)
+    return verify(folder, opening, {**done.plan.config, **config}, remote_code=True)
 
 
 def copy_of(converted, folder):
@@ -86,10 +88,10 @@ def test_differences_give_exit_code_1_and_the_old_output(converted, tmp_path, mo
     """The converter is made to write other weights than it read."""
     target = copy_of(converted, tmp_path / "out")
     before = snapshot(target)
-    honest = output.tensor_digest
-    monkeypatch.setattr(output, "tensor_digest", lambda tensor: honest(tensor + 1))
+    honest = output.ShardWriter.add
+    monkeypatch.setattr(output.ShardWriter, "add", lambda writer, name, tensor: honest(writer, name, tensor + 1))
     assert main([str(converted[0]), "--output", str(target), "--force"]) == 1
-    assert "the reloaded folder is not the source (19 differences" in capsys.readouterr().err
+    assert "is not the source (20 differences, first: lm_head.weight differs" in capsys.readouterr().err
     assert snapshot(target) == before
 
 
@@ -161,18 +163,45 @@ def test_the_exporters_dialect_loads(tmp_path):
     assert config.num_layers_per_stack == 2 and config.num_hidden_layers == 16 and config.rope_theta == 5000.0
 
 
-def test_split_without_a_class_for_it_compares_the_files(tmp_path):
-    """On a transformers that has the class, the request of one that has not is made by hand."""
-    from conversion.verify import _files_only
+def test_a_tensor_that_is_wider_than_the_model_is_compared_in_its_own_width(tmp_path, monkeypatch):
+    """Loading rounds it, and the rounded one is right here."""
+    tensors = published_tensors(dtype=torch.bfloat16)
+    tensors["model.z_L_init"] = tensors["model.z_L_init"].float()
+    source = save_published(tmp_path / "source", tensors)
+    assert convert(source, tmp_path / "good", progress=False).verification.differences == []
+    honest = output.ShardWriter.add
 
+    def slightly_off(writer, name, tensor):
+        honest(writer, name, torch.nextafter(tensor, 2 * tensor) if tensor.dtype == torch.float32 else tensor)
+
+    monkeypatch.setattr(output.ShardWriter, "add", slightly_off)
+    with pytest.raises(ConversionError, match=r"\(1 differences, first: model\.z_L_init differs from the source"):
+        convert(source, tmp_path / "out", progress=False)
+
+
+def test_the_sign_of_a_zero_counts():
+    assert same_bits(torch.zeros(3), torch.zeros(3)) and not same_bits(torch.zeros(3), -torch.zeros(3))
+    assert not same_bits(torch.zeros(3), torch.zeros(3, 1)) and not same_bits(torch.zeros(2), torch.zeros(2).double())
+    assert same_bits(torch.arange(6.0).view(2, 3).T, torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
+
+
+@pytest.mark.parametrize("has_class", [pytest.param(True, marks=in_library), False])
+def test_a_split_folder_is_compared_with_and_without_a_class_for_it(tmp_path, monkeypatch, has_class):
+    """Where transformers has no class for the layout, the files are compared."""
+    if not has_class:
+        monkeypatch.setattr("conversion.verify._library_class", lambda: None)
     source = save_published(tmp_path / "source")
-    convert(source, tmp_path / "out", layout="split", verification=False, progress=False, max_shard_size="40KB")
-    digests = {
-        name: output.tensor_digest(t) for name, t in split_tensors(load_file(source / "model.safetensors")).items()
-    }
-    assert _files_only(tmp_path / "out", digests, "4")["differences"] == []
-    digests["lm_head.weight"] = "0"
-    assert _files_only(tmp_path / "out", digests, "4")["differences"] == ["lm_head.weight differs from the source"]
+    done = convert(source, tmp_path / "out", layout="split", verification=False, progress=False, max_shard_size="40KB")
+    opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
+    request = {"folder": str(tmp_path / "out"), "source": opening, "config": done.plan.config, "remote_code": False}
+    found = _findings(request)
+    assert found["differences"] == [] and ("plain files" in found["loaded_as"]) is not has_class
+    assert found["tensors"] == (len(done.plan.specs) if has_class else len(done.plan.source.specs))
+    tensors = published_tensors()
+    tensors["lm_head.weight"][3, 3] += 1e-7
+    save_published(source, tensors)
+    name = "lm_head.weight"
+    assert _findings(request)["differences"] == [f"{name} differs from the source"]
 
 
 def command(*arguments):
@@ -207,9 +236,10 @@ def test_help_and_wrong_usage(capsys):
         "exit code",
     ):
         assert option in text
-    with pytest.raises(SystemExit) as stop:
-        main(["x", "--dtype", "int8"])
-    assert stop.value.code == 2
+    for wrong in (["--dtype", "int8"], ["--private"], ["--revision", "next"], ["--epoch", "last"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["x", *wrong])
+        assert stop.value.code == 2
     assert main(["/nothing/here"]) == 1
     assert "--output is missing" in capsys.readouterr().err
     assert main(["/nothing/here", "--output", "x"]) == 1
@@ -230,3 +260,16 @@ def test_interruption_is_no_traceback(tmp_path, monkeypatch, capsys):
     assert main([str(REFERENCE / "checkpoint"), "--output", str(tmp_path / "out")]) == 130
     assert list(tmp_path.iterdir()) == []
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_it_cleanly(tmp_path, name, code):
+    """While it works: nothing is left behind, and the exit code says why it ended."""
+    arguments = [sys.executable, ROOT / "convert_weights.py", REFERENCE / "checkpoint", "--output", tmp_path / "out"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
