@@ -79,10 +79,9 @@ def test_the_answer_changes_with_the_condition(model, tokenizer):
 
 
 def test_sums_that_it_has_not_seen(model, tokenizer):
-    # Of 500 it answers 98 to 100 % of the additions and 92 to 97 % of the subtractions; this is a sample of 60.
+    # Of 500 it answers 99 to 100 %; this is a sample of 60.
     shares = evaluate(model, tokenizer, 60, seed=5, tasks=SUMS)
-    assert min(shares["addition/direct"], shares["addition/synth,cot"]) >= 0.95
-    assert min(shares["subtraction/direct"], shares["subtraction/synth,cot"]) >= 0.85
+    assert min(shares.values()) >= 0.95
 
 
 def test_without_its_mask_it_fails(model, tokenizer):
@@ -93,7 +92,7 @@ def test_without_its_mask_it_fails(model, tokenizer):
         written = ask(model, tokenizer, texts, "direct", prefix)
         return sum(text == question.answer for text, question in zip(written, asked)) / len(asked)
 
-    assert right(True) >= 0.85 and right(False) < 0.3
+    assert right(True) >= 0.95 and right(False) < 0.3
 
 
 @pytest.mark.parametrize("shallow", [{"H_cycles": 1}, {"L_cycles": 1}])

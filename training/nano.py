@@ -38,60 +38,50 @@ TOKENS_PER_STEP = 2048
 Stages = tuple[tuple[int, dict[str, tuple[float, float]]], ...]
 # Questions are drawn in pools and sorted by length within them.
 POOL = 4096
-# Numbers come first, since their columns take longest to find; then what has few tokens to learn from gets more.
-STAGES: Stages = (
-    (
-        64,
-        {
-            "addition": (4, 0.7),
-            "subtraction": (4, 0.7),
-            "multiplication": (2, 0.7),
-            "comparison": (1, 0.7),
-            "sorting": (1, 0.7),
-            "reversal": (1.5, 0.7),
-            "letters": (1.5, 0.7),
-            "story": (2, 0.7),
-        },
-    ),
-    (
-        39,
-        {
-            "addition": (21, 0.81),
-            "subtraction": (22, 0.77),
-            "multiplication": (13, 0.69),
-            "comparison": (8, 0.4),
-            "sorting": (11, 0.45),
-            "reversal": (12, 0.5),
-            "letters": (15, 0.47),
-            "story": (13, 0.69),
-        },
-    ),
-    (
-        sys.maxsize,
-        {
-            "addition": (12, 0.75),
-            "subtraction": (19, 0.63),
-            "multiplication": (14, 0.71),
-            "comparison": (10, 0.3),
-            "sorting": (15, 0.47),
-            "reversal": (12, 0.33),
-            "letters": (22, 0.41),
-            "story": (13, 0.62),
-        },
-    ),
-)
-# Then once more, from the last weights: a short phase with a lower peak, its average over fewer steps.
+# Numbers come first and once more, since their columns take longest to find.
+NUMBERS = {
+    "addition": (4, 0.7),
+    "subtraction": (5, 0.7),
+    "multiplication": (2, 0.7),
+    "comparison": (1, 0.6),
+    "sorting": (1.5, 0.6),
+    "reversal": (1.5, 0.6),
+    "letters": (2.5, 0.7),
+    "story": (2, 0.7),
+}
+COLUMNS = {
+    "addition": (24, 0.85),
+    "subtraction": (34, 0.85),
+    "multiplication": (12, 0.7),
+    "comparison": (6, 0.4),
+    "sorting": (12, 0.5),
+    "reversal": (9, 0.4),
+    "letters": (14, 0.6),
+    "story": (14, 0.65),
+}
+EVERYTHING = {
+    "addition": (12, 0.75),
+    "subtraction": (20, 0.68),
+    "multiplication": (14, 0.7),
+    "comparison": (8, 0.35),
+    "sorting": (15, 0.45),
+    "reversal": (11, 0.4),
+    "letters": (20, 0.58),
+    "story": (14, 0.65),
+}
+STAGES: Stages = ((40, NUMBERS), (16, EVERYTHING), (32, COLUMNS), (sys.maxsize, EVERYTHING))
+# Then once more, from the last weights: a phase with a lower peak, its average over fewer steps.
 POLISH: Stages = (
     (
         sys.maxsize,
         {
-            "addition": (10, 0.75),
-            "subtraction": (18, 0.7),
-            "multiplication": (18, 0.75),
-            "comparison": (8, 0.2),
-            "sorting": (20, 0.47),
-            "reversal": (12, 0.35),
-            "letters": (20, 0.5),
+            "addition": (12, 0.8),
+            "subtraction": (26, 0.8),
+            "multiplication": (16, 0.75),
+            "comparison": (6, 0.2),
+            "sorting": (17, 0.5),
+            "reversal": (11, 0.4),
+            "letters": (16, 0.6),
             "story": (16, 0.7),
         },
     ),
@@ -109,23 +99,23 @@ class Phase:
 
 PHASES = (
     Phase(
-        10000,
+        11500,
         Recipe(
             learning_rate=5e-3,
             warmup_steps=100,
             optimizer="muon",
-            decay_from=0.78,
+            decay_from=0.7,
             floor=0.02,
             weight_decay=0.1,
             average=0.998,
-            gradient_warmup=0.16,
+            gradient_warmup=0.14,
         ),
         STAGES,
     ),
     Phase(
-        1500,
+        3500,
         Recipe(
-            learning_rate=1.5e-3,
+            learning_rate=2.5e-3,
             warmup_steps=50,
             optimizer="muon",
             floor=0.02,

@@ -6,6 +6,10 @@ the result and nothing else, and `synth,cot`, steps line by line that end with `
 The split is by construction: a hash of the operands, not of the wording, decides whether a question may be trained on
 or is held out for judging, and a word problem is held out with the bare sum that it asks for. Facts of one digit
 (3 + 9, 7 times 8) are what a school teaches by heart: they are always trained on and never judged.
+
+Part of the questions to train on are drills, drawn where a plain draw seldom goes and mistakes were found: differences
+of close numbers, sums that carry through many columns, products of three digits, words of few letters. What is judged
+is never a drill.
 """
 
 import re
@@ -20,6 +24,7 @@ from .nano_words import ITEMS, NAMES, PSEUDO_CODAS, PSEUDO_ONSETS, PSEUDO_VOWELS
 
 CONDITIONS = ("direct", "synth,cot")
 HELD_OUT_PERCENT = 10
+DRILLED = 0.35
 
 WORDINGS = {
     "addition": (
@@ -175,7 +180,9 @@ def _number(rng: Random, digits: int, weights: Sequence[int]) -> int:
 def _operands(operation: str, rng: Random, held_out: bool, digits: int) -> tuple[int, int]:
     """Two operands of one part of the split, in the order in which the question names them."""
     while True:
-        if operation == "multiplication":
+        if not held_out and rng.random() < DRILLED:
+            a, b = _drilled_operands(operation, rng, digits)
+        elif operation == "multiplication":
             a, b = _number(rng, 2, (1, 6)), rng.randrange(0, 10)
         else:
             a, b = (_number(rng, digits, (1, 2, 4, 8)[:digits]) for _ in range(2))
@@ -185,6 +192,17 @@ def _operands(operation: str, rng: Random, held_out: bool, digits: int) -> tuple
         taught = high < 10
         if held_out == (not taught and is_held_out(f"{operation} {high} {low}")):
             return a, b
+
+
+def _drilled_operands(operation: str, rng: Random, digits: int) -> tuple[int, int]:
+    if operation == "multiplication":
+        return rng.randrange(100, 1000), rng.randrange(2, 10)
+    a = _number(rng, digits, (0, 2, 4, 8)[:digits])
+    width = len(str(a))
+    if operation == "subtraction":  # the first digits vanish from the result
+        return a, max(0, a - rng.randrange(10 ** rng.randrange(1, width)))
+    # Columns of 9 hand a carry on.
+    return a, int("".join(str(9 - int(digit)) if rng.random() < 0.5 else rng.choice("0123456789") for digit in str(a)))
 
 
 def _arithmetic(operation: str, rng: Random, held_out: bool) -> Question:
@@ -211,8 +229,13 @@ def solve(operation: str, a: int, b: int) -> tuple[tuple[str, ...], int]:
     if operation == "multiplication":
         if a < 10:
             return (f"{a}*{b}={a * b}",), a * b
-        ones, tens = a % 10 * b, a // 10 * 10 * b
-        return (f"{a % 10}*{b}={ones}", f"{a // 10 * 10}*{b}={tens}", f"{tens}+{ones}={a * b}"), a * b
+        parts = [int(digit) * 10**place for place, digit in enumerate(reversed(str(a)))]
+        products = [f"{part}*{b}={part * b}" for part in parts]
+        sums, total = [], parts[0] * b
+        for part in parts[1:]:
+            sums.append(f"{part * b}+{total}={part * b + total}")
+            total += part * b
+        return (*products, *sums), total
     columns = zip(*(reversed(f"{value:0{len(str(max(a, b)))}d}") for value in (a, b)), strict=True)
     steps, carry = [], 0
     for top, bottom in ((int(x), int(y)) for x, y in columns):
@@ -270,10 +293,13 @@ def _sorting(task: str, rng: Random, held_out: bool) -> Question:
 # Letters
 
 
-def _word(rng: Random, held_out: bool) -> str:
+def _word(rng: Random, held_out: bool, drilled: bool = False) -> str:
     """An English word, or a made-up one, so that letters have to be read and words cannot be learned by heart."""
     while True:
-        if rng.random() < 0.35:
+        if drilled and rng.random() < DRILLED:
+            letters = rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.choice((2, 3, 4)))
+            word = "".join(rng.choices(letters, k=rng.randrange(3, 9)))
+        elif rng.random() < 0.35:
             word = rng.choice(WORDS)
         else:
             parts = (
@@ -293,7 +319,7 @@ def _reversal(task: str, rng: Random, held_out: bool) -> Question:
 
 
 def _letters(task: str, rng: Random, held_out: bool) -> Question:
-    word = _word(rng, held_out)
+    word = _word(rng, held_out, drilled=not held_out)
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     repeated = [each for each in word if word.count(each) > 1]
     if repeated and rng.random() < 0.5:
