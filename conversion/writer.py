@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -122,7 +122,8 @@ class ShardWriter:
     def abort(self) -> None:
         """Closes an unfinished file."""
         self._threads.shutdown()
-        self._file.close()
+        with suppress(OSError):  # what could not be written is written once more, and fails again without the name
+            self._file.close()
 
 
 @contextmanager

@@ -400,7 +400,7 @@ def test_a_write_that_fails_half_way(tmp_path, source):
         f"import convert_weights as c; raise SystemExit(c.main([{str(source)!r}, '--output', {str(output)!r}]))"
     )
     assert done.returncode == 1
-    assert f"--output {output} could not be written (File too large)" in done.stderr
+    assert f"--output {output}: model.safetensors could not be written (File too large): make room" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
