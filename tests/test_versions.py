@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,102 @@ def test_too_new_is_named_once(caplog, monkeypatch):
 def test_this_version_is_one_of_those_promised():
     oldest, newest = (Version(check_version.__globals__[name]) for name in ("OLDEST", "NEWEST"))
     assert oldest <= Version(transformers.__version__) <= newest
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = dict(os.environ, HF_HUB_OFFLINE="1")
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(("version", "said"), [("4.56.2", "refused"), ("5.99.0", "warned"), ("5.23.4", "nothing")])
+def test_what_a_user_of_another_release_is_told(version, said):
+    done = run_python(
+        "import sys, transformers\n"
+        "transformers.__version__ = sys.argv[1]\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained('.', trust_remote_code=True)\n"
+        "print('loaded')",
+        version,
+    )
+    assert ("loaded" in done.stdout) == (said != "refused"), done.stderr
+    if said == "refused":
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ImportError: HRM-Text needs transformers 4.57.6 or newer and 4.56.2 is installed")
+    assert done.stderr.count("transformers 5.99.0 is installed, and this code was tested with") == (said == "warned")
+
+
+# What a user does with a model, in a process that has warned of nothing yet.
+EVERYTHING = """
+import json, logging, sys, tempfile, warnings
+import torch, transformers
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline,
+)
+
+said = []
+class Listener(logging.Handler):
+    def emit(self, record):
+        said.append((record.name, record.getMessage()))
+logging.getLogger("transformers").addHandler(Listener())
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+    config = AutoConfig.from_pretrained(".", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True, dtype=torch.float32)
+    prompt = tokenizer.encode_prompt(["What is 1 + 1?", "What is 20 + 3?"], padding=True, return_tensors="pt")
+    few = {"max_new_tokens": 3}
+    model.generate(**prompt, **few)
+    model.generate(**prompt, **few, do_sample=True)
+    model.generate(**prompt, **few, num_beams=2)
+    model.generate(**prompt, **few, cache_implementation="static")
+    model.generate(**prompt, **few, prefill_chunk_size=64)
+    one = {name: value[:1] for name, value in prompt.items()}
+    model.generate(**one, **few, prompt_lookup_num_tokens=2)
+    model.generate(**one, **few, assistant_model=model)
+    turn = model.generate(**one, **few, return_dict_in_generate=True)
+    model.generate(turn.sequences, past_key_values=turn.past_key_values, **few)
+    model(**prompt, output_hidden_states=True, output_attentions=True)
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+    model.set_attn_implementation("sdpa")
+    model.optimize_for_inference().generate(**one, **few)
+    model.undo_inference_optimization()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config.save_pretrained(folder)
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+        rows = [{"input_ids": ids.tolist()} for ids in prompt["input_ids"]]
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        arguments = TrainingArguments(folder, max_steps=2, report_to=[], use_cpu=True)
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    for head in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        head.from_pretrained(".", trust_remote_code=True, num_labels=3)(**prompt)
+    chat = pipeline("text-generation", model=".", trust_remote_code=True)
+    chat([{"role": "user", "content": "What is 1 + 1?"}], **few)
+    model.resize_token_embeddings(600)
+ours = [w for w in caught if "transformers" in w.filename.replace("hrm-text-transformers", "")]
+print(json.dumps([f"{w.category.__name__}: {w.message}" for w in ours] + [f"{n}: {m}" for n, m in said]))
+"""
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith(check_version.__globals__["NEWEST"].rpartition(".")[0]),
+    reason="what is deprecated is judged on the newest release",
+)
+def test_nothing_that_we_use_is_deprecated():
+    done = run_python(EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(done.stdout.strip().splitlines()[-1])
+    old = re.compile("deprecat|FutureWarning|will be removed|no longer|legacy", re.IGNORECASE)
+    # The library's own: it passes both to an assistant, whatever the model.
+    its_own = "Passing `generation_config` together with generation-related arguments="
+    assert not [line for line in lines if old.search(line) and its_own not in line]
 
 
 @torch.no_grad()
