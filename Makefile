@@ -40,7 +40,7 @@ test-slow: $(VENV)/.test  ## the slow tests
 	$(PYTEST) -n 2 --dist loadfile -m slow
 
 test-transformers: $(VENV)/.test  ## transformers' own model tests on our classes (TRANSFORMERS_SRC=checkout for more)
-	$(TEST_ENV) $(PY) -m tests.transformers_suite $(if $(TRANSFORMERS_SRC),--transformers-src $(TRANSFORMERS_SRC))
+	$(TEST_ENV) $(PY) -m tests.transformers_suite $(SUITE_OPTIONS) $(if $(TRANSFORMERS_SRC),--transformers-src $(TRANSFORMERS_SRC))
 	$(TEST_ENV) $(PY) -m tests.transformers_suite.tokenizer $(if $(TRANSFORMERS_SRC),--transformers-src $(TRANSFORMERS_SRC))
 
 test-matrix: $(VENV)/.test  ## the core tests on every supported transformers (VERSIONS="4.57.6 5.23.0" for some)
