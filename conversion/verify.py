@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,10 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         source, written, [name for name, spec in written.specs.items() if spec.dtype != dtype]
     )
 
-    # The model in memory comes first: its weights, which are the source's, go as they are compared, so that no two
-    # copies of a large model are held.
+    # The model in memory comes first and goes before the other is loaded, and then the source is read again tensor by
+    # tensor: no two copies of a large model are held.
     prompt = _fixed_prompt(config)
-    model, expected = _in_memory(request, source, dtype)
-    wanted = _logits(model, prompt)
-    del model
+    wanted = _logits(_in_memory(request, source, dtype), prompt)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
     )
@@ -120,13 +119,15 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         for key in info[kind]
     ]
     state = model.state_dict()
-    differences += [f"{name} is not in the loaded model" for name in expected.keys() - state.keys()]
-    differences += [f"{name} is in the loaded model only" for name in state.keys() - expected.keys()]
-    compared = sorted(expected.keys() & state.keys())
-    unequal = [
-        f"{name} differs from the source" for name in compared if not same_bits(state[name], expected.pop(name))
-    ]
-    differences += unequal
+    equal, unequal = set(), set()
+    for name, tensor in _tensors(source, state.keys(), dtype):
+        same = name in state and same_bits(state[name], tensor)
+        (equal if same else unequal).add(name)
+        if not same:
+            differences.append(
+                f"{name} " + ("differs from the source" if name in state else "is not in the loaded model")
+            )
+    differences += [f"{name} is in the loaded model only" for name in state.keys() - equal - unequal]
 
     logits = _logits(model, prompt)
     difference = (logits - wanted).abs().max().item()
@@ -138,7 +139,7 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     tokenizer, faults = _tokenizer(folder, request)
     return {
         "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
-        "tensors": len(compared) - len(unequal),
+        "tensors": len(equal),
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
         "tokenizer": tokenizer,
         "differences": differences + faults,
@@ -152,14 +153,12 @@ def _library_class() -> Any:
     return getattr(transformers, "HrmTextForCausalLM", None)
 
 
-def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
     """A model made from the config and the source's tensors in memory, which no file of the folder but its code has
-    part in; and those tensors by their names in it."""
+    part in."""
     import torch
     from accelerate import init_empty_weights
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    from .layout import split_names
 
     config = request["config"]
     if request["remote_code"]:
@@ -174,13 +173,17 @@ def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> tuple[Any, d
             model = model_class(settings).eval()
     finally:
         torch.set_default_dtype(default)
-    names = model.state_dict().keys()
-    tensors = {}
+    model.load_state_dict(dict(_tensors(source, model.state_dict().keys(), dtype)), assign=True)
+    return model
+
+
+def _tensors(source: Any, names: Collection[str], dtype: Any) -> Iterator[tuple[str, Any]]:
+    """The source's tensors in a dtype, one read at a time, by their names in a model, which may have them split."""
+    from .layout import split_names
+
     for name in source.specs:
         parts = (name,) if name in names else split_names(name)
-        tensors.update(zip(parts, source.read(name).to(dtype).chunk(len(parts)), strict=True))
-    model.load_state_dict(tensors, assign=True)
-    return model, tensors
+        yield from zip(parts, source.read(name).to(dtype).chunk(len(parts)), strict=True)
 
 
 def _tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
