@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from convert_weights import convert
 from training.credit import GradientStepsWarmup, steps_at
 from training.data import IGNORED, PrefixLMCollator
-from training.optimization import AverageWeights, make_optimizer, schedule
+from training.optimization import AverageWeights, complete_state, make_optimizer, schedule
 from training.trainer import HrmTextTrainer, Recipe, last_checkpoint, read_log
 
 from .test_collator import PAD, random_examples
@@ -286,3 +286,29 @@ def test_average_follows_its_formula_and_changes_places_with_the_weights(tmp_pat
         AverageWeights(1.0)
     with pytest.raises(FileNotFoundError, match="without an average"):
         AverageWeights(0.9, resume=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adam_atan2", "adamw"])
+def test_a_state_for_parameters_without_gradient(name):
+    """Trained further, a model is the same whether its untouched parameters had their state made or not."""
+    if name == "adam_atan2":
+        pytest.importorskip("adam_atan2_pytorch")
+    ends = []
+    for complete in (False, True):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        optimizer = make_optimizer(torch.nn.Sequential(first, second), 0.01, name)
+        first(torch.ones(1, 4)).square().sum().backward()
+        optimizer.step()
+        before = [parameter.clone() for parameter in (*first.parameters(), *second.parameters())]
+        if complete:
+            complete_state(optimizer)
+            assert all(optimizer.state[parameter] for parameter in second.parameters())
+            assert optimizer.param_groups[0]["lr"] == 0.01 and second.weight.grad is None
+            for parameter, old in zip((*first.parameters(), *second.parameters()), before):
+                assert torch.equal(parameter, old)
+        second(first(torch.ones(1, 4))).square().sum().backward()
+        optimizer.step()
+        ends.append([parameter.detach() for parameter in (*first.parameters(), *second.parameters())])
+    for plain, completed in zip(*ends):
+        torch.testing.assert_close(completed, plain, atol=0, rtol=0)

@@ -77,6 +77,36 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
+@torch.no_grad()
+def complete_state(optimizer: Optimizer) -> None:
+    """Gives each trained parameter that had no gradient yet the state that its first step would begin with.
+
+    With two gradient steps the embeddings get none, and torch refuses to resume from a sharded checkpoint in which
+    the state of a parameter is missing. Nothing else changes: a state begins at step 0.
+    """
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    missing = [parameter for parameter in parameters if not optimizer.state.get(parameter)]
+    if not missing:
+        return
+    gradients, rates = [parameter.grad for parameter in parameters], [group["lr"] for group in groups]
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(groups, rates):
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    for parameter in missing:
+        state = optimizer.state[parameter]
+        for name in {"step", "steps"} & state.keys():
+            state[name] = torch.zeros_like(state[name]) if isinstance(state[name], torch.Tensor) else 0
+
+
 def schedule(
     optimizer: Optimizer, warmup_steps: int, steps: int, decay_from: float = 0.0, floor: float = 0.1
 ) -> LambdaLR:

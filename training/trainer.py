@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .credit import GradientStepsWarmup
-from .optimization import AverageWeights, make_optimizer, schedule
+from .optimization import AverageWeights, complete_state, make_optimizer, schedule
 
 
 LOG_FILE = "log.jsonl"
@@ -97,6 +97,11 @@ class HrmTextTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            complete_state(getattr(self.optimizer, "optimizer", self.optimizer))
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def run(self) -> float:
         """Trains to the end, from the checkpoint to resume from if there is one; returns the last logged loss."""
