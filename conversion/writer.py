@@ -219,12 +219,17 @@ def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]
             raise ConversionError(
                 f"--output {output}: the disk has {free:,} bytes free, and {needed:,} are needed; make room"
             )
-        folder = output.parent / f"{prefix}{secrets.token_hex(4)}"
-        folder.mkdir()
     except OSError as error:
         raise ConversionError(f"--output {output} cannot be written ({error.strerror}): choose another") from None
-    lock = _lock(folder)
+    folder = output.parent / f"{prefix}{secrets.token_hex(4)}"
+    lock = None
+    # The folder is made inside: an interruption right after that removes it too.
     try:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise ConversionError(f"--output {output} cannot be written ({error.strerror}): choose another") from None
+        lock = _lock(folder)
         yield folder, lambda: _put_in_place(folder, output)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
