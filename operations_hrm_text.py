@@ -26,6 +26,11 @@ def _in_place_pays(x: torch.Tensor) -> bool:
     )
 
 
+def _carries_gradient(x: torch.Tensor) -> bool:
+    """Whether a function with a backward of its own is to be taken; compilers do better on the plain steps."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm without a weight over the last dimension: x / sqrt(mean(x^2) + eps)."""
     width = x.shape[-1]
@@ -87,7 +92,7 @@ def split_and_rotate(
     Returns:
         gate [batch, tokens, heads, head_dim]; rotated query, rotated key, and value [batch, heads, tokens, head_dim].
     """
-    if gqkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if _carries_gradient(gqkv):
         return _SplitAndRotate.apply(gqkv, *tables)
     gate, query_key, value = gqkv.split((1, 2, 1), dim=2)
     query, key = rotate(query_key, tables).permute(2, 0, 3, 1, 4)
@@ -114,7 +119,7 @@ class _SplitAndRotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         back = (cos, -sin)
         gate, query, key, value = (
-            part[:, :, None] for part in (gate, *(g.transpose(1, 2) for g in (query, key, value)))
+            part[:, :, None] for part in (gate, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         )
         if not _in_place_pays(gate):
             return torch.cat((gate, rotate(query, back), rotate(key, back), value), dim=2), None, None
@@ -128,7 +133,7 @@ class _SplitAndRotate(torch.autograd.Function):
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [..., width], of [..., 2 * width] that holds gate and then up."""
-    if gate_up.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if _carries_gradient(gate_up):
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up) if _in_place_pays(gate) else F.silu(gate) * up

@@ -122,15 +122,16 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         for key in info[kind]
     ]
     state = model.state_dict()
-    equal, unequal = set(), set()
+    equal, seen = 0, set()
     for name, tensor in _tensors(source, state.keys(), dtype):
         same = name in state and same_bits(state[name], tensor)
-        (equal if same else unequal).add(name)
+        seen.add(name)
+        equal += same
         if not same:
             differences.append(
                 f"{name} " + ("differs from the source" if name in state else "is not in the loaded model")
             )
-    differences += [f"{name} is in the loaded model only" for name in state.keys() - equal - unequal]
+    differences += [f"{name} is in the loaded model only" for name in state.keys() - seen]
 
     logits = _logits(model, prompt)
     difference = (logits - wanted).abs().max().item()
@@ -142,7 +143,7 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     tokenizer, faults = _tokenizer(folder, request)
     return {
         "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
-        "tensors": len(equal),
+        "tensors": equal,
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
         "tokenizer": tokenizer,
         "differences": differences + faults,

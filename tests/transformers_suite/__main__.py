@@ -25,7 +25,7 @@ EPILOG = """examples:
       ours and the library's class, four variants, on the tests of the installed version's source distribution
   python -m tests.transformers_suite --transformers-src ~/src/transformers
       the same on a checkout, which adds the generation and export tests
-  python -m tests.transformers_suite --library-variants half-0.1
+  python -m tests.transformers_suite --baseline-variants half-0.1
       the library's class in one variant, which ours is held against in the others too: a third less work
   python -m tests.transformers_suite --only ours --variants half-0.1 --slow -k compile
       one variant of ours, slow tests included, tests whose name contains "compile"
@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"{', '.join(VARIANTS)} ({' '.join(DEFAULT_VARIANTS)})",
     )
     parser.add_argument(
-        "--library-variants",
+        "--baseline-variants",
         nargs="+",
         choices=list(VARIANTS),
         metavar="NAME",
@@ -140,7 +140,7 @@ def run_all(
     package_home: Path, pool: ThreadPoolExecutor, implementations: list[str], args: argparse.Namespace
 ) -> dict:
     """variant -> implementation -> test -> outcome."""
-    measured = args.library_variants or args.variants
+    measured = args.baseline_variants or args.variants
     runs = [(v, name) for v in args.variants for name in implementations if name == OURS or v in measured]
     waiting = {run: pool.submit(run_case, package_home, run[1], run[0], args) for run in runs}
     results: dict = {variant: {} for variant in args.variants}
