@@ -192,7 +192,8 @@ def plan_attention(
             f"the static cache holds {capacity} positions and {layout.past} + {queries} are needed: create it with a "
             "larger `max_cache_len`, or use a growing cache."
         )
-    static_window = capacity is not None and (static_shapes or not past_is_known)
+    # The weights that eager attention gives back span a static cache, as they do in the library's classes.
+    static_window = capacity is not None and (static_shapes or not past_is_known or backend == "eager")
     keys = capacity if static_window else layout.past + queries
     plan = AttentionPlan(backend, key_length=keys if capacity is not None and not static_window else None)
 
@@ -288,8 +289,9 @@ def _key_axis(values: torch.Tensor, layout: TokenLayout, keys: int, fill: int) -
 def visibility(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """The dense mask, bool [batch or 1, 1, queries, keys], True where the query sees the key.
 
-    Reads no values. A padded query sees every real key of its row, or all keys where there is none: so its softmax
-    stays finite, and what comes out at padding does not depend on the rest of the batch.
+    Reads no values. A padded query sees the real keys before it, or itself where there is none: so its softmax stays
+    finite, and what comes out at padding depends neither on the rest of the batch nor on what is yet to come, which
+    matters to those who generate from a prompt that is padded on the right.
     """
     rule = visibility_rule(layout, batch, queries, keys, device)
     rows = torch.arange(batch, device=device)[:, None, None]
@@ -297,7 +299,7 @@ def visibility(layout: TokenLayout, batch: int, queries: int, keys: int, device:
         rows = rows[:1]
     q = torch.arange(queries, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
-    return rule(rows, q, k)[:, None]
+    return rule(rows, q, k).expand(rows.shape[0], queries, keys)[:, None]
 
 
 def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device):
@@ -311,15 +313,14 @@ def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, de
     key_block = _key_axis(block, layout, keys, -1) if block is not None else None
     key_sequence = _key_axis(sequence, layout, keys, 0) if sequence is not None else None
     real = layout.real.expand(batch, -1) if layout.real is not None else None
-    key_visible = filler = None
+    key_visible = nothing_yet = None
     if real is not None or layout.past_visible is not None:
         new = real if real is not None else torch.ones(batch, queries, dtype=torch.bool, device=device)
         key_visible = _key_axis(new.long(), layout, keys, 1).bool()
         if layout.past_visible is not None:
             hidden = ~layout.past_visible[:, :keys].expand(batch, -1)
             key_visible = key_visible & ~F.pad(hidden, (0, keys - hidden.shape[1]))
-        filler = key_visible & (torch.arange(keys, device=device) < past + queries)
-        filler = filler | ~filler.any(dim=1, keepdim=True)
+        nothing_yet = key_visible.long().cumsum(dim=1) == 0
 
     def sees(row, query, key):
         at = query + past
@@ -331,7 +332,8 @@ def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, de
         if key_visible is not None:
             visible = visible & key_visible[row, key]
         if real is not None:
-            visible = (visible & real[row, query]) | (filler[row, key] & ~real[row, query])
+            filler = (key_visible[row, key] & (key <= at)) | (nothing_yet[row, at] & (key == at))
+            visible = (visible & real[row, query]) | (filler & ~real[row, query])
         return visible
 
     return sees

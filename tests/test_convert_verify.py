@@ -266,7 +266,14 @@ def test_interruption_is_no_traceback(tmp_path, monkeypatch, capsys):
 def test_a_signal_ends_it_cleanly(tmp_path, name, code):
     """While it works: nothing is left behind, and the exit code says why it ended."""
     arguments = [sys.executable, ROOT / "convert_weights.py", REFERENCE / "checkpoint", "--output", tmp_path / "out"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What runs in the background of a shell, as these tests may, is told to ignore SIGINT, and hands that on.
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(tmp_path.iterdir()) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.Signals[name])

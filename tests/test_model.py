@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import StaticCache
 
 from .tiny import ROOT, load_class, tiny_config, tiny_model
 
@@ -166,6 +167,32 @@ def test_floats_of_a_whole_mask_are_added(backend):
     torch.testing.assert_close(once, twice, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="bool"):
         model(torch.tensor([[a, b, c]]), attention_mask=bias.long())
+
+
+@pytest.mark.parametrize("types", [None, 0, 1])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+@torch.no_grad()
+def test_padding_sees_nothing_that_is_yet_to_come(backend, types):
+    """So a prompt that is padded on the right goes on alike, whether one token is tried at a time or several."""
+    model = tiny_model(attn_implementation=backend)
+    ids = torch.randint(12, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    prompt = {} if types is None else {"token_type_ids": torch.full((2, 6), types)}
+    longer = {key: torch.nn.functional.pad(value, (0, 3)) for key, value in prompt.items()}
+    alone = model(ids[:, :6], attention_mask=mask, **prompt).logits
+    followed = model(ids, attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1), **longer).logits
+    assert (followed[:, :6] - alone).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_weights_span_a_static_cache():
+    """As in the library's classes, whatever part of the cache is filled."""
+    model = tiny_model(attn_implementation="eager")
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    for tokens in (6, 1):
+        weights = model(torch.full((2, tokens), 20), past_key_values=cache, output_attentions=True).attentions
+        assert {tuple(w.shape) for w in weights} == {(2, 4, tokens, 9)}
+        assert all((w.sum(dim=-1) - 1).abs().max() < 1e-5 for w in weights)
 
 
 def test_logits_to_keep_and_labels():
