@@ -24,9 +24,11 @@ from .inference_hrm_text import InferenceMixin  # noqa: F401
 from .layout_hrm_text import TokenLayout  # noqa: F401
 from .loading_hrm_text import LoadingMixin  # noqa: F401
 from .modeling_hrm_text import HrmTextModel, HrmTextPreTrainedModel
+from .one_row_hrm_text import project  # noqa: F401
 from .operations_hrm_text import norm  # noqa: F401
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
+from .timing_hrm_text import least_seconds  # noqa: F401
 from .versions_hrm_text import PreTrainedConfig  # noqa: F401
 
 

@@ -44,9 +44,11 @@ from .generation_hrm_text import HrmTextGenerationMixin, refuse_paged_call
 from .inference_hrm_text import InferenceMixin, compiled_layer
 from .layout_hrm_text import values_are_readable
 from .loading_hrm_text import LoadingMixin
+from .one_row_hrm_text import project
 from .operations_hrm_text import norm, rotary_tables, split_and_rotate, swiglu
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
+from .timing_hrm_text import least_seconds  # noqa: F401
 from .versions_hrm_text import static_capacity, tied_weights_keys
 
 
@@ -117,13 +119,13 @@ class HrmTextAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens, _ = hidden_states.shape
         # [batch, tokens, 4, heads, head_dim]; heads are counted from the matrix, which may hold a part of them only.
-        gqkv = self.gqkv_proj(hidden_states).view(batch, tokens, 4, -1, self.head_dim)
+        gqkv = project(self.gqkv_proj, hidden_states).view(batch, tokens, 4, -1, self.head_dim)
         gate, query, key, value = split_and_rotate(gqkv, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, slot, cache_kwargs)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(plan, query, key, value, gate, self.scaling, dropout, self)
-        return self.o_proj(output.reshape(batch, tokens, -1)), weights
+        return project(self.o_proj, output.reshape(batch, tokens, -1)), weights
 
 
 class HrmTextMLP(nn.Module):
@@ -136,7 +138,7 @@ class HrmTextMLP(nn.Module):
         self.down_proj.init_factor = (config.hidden_size / config.intermediate_size) ** 0.5
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
+        return project(self.down_proj, swiglu(project(self.gate_up_proj, hidden_states)))
 
 
 class HrmTextDecoderLayer(GradientCheckpointingLayer):
@@ -545,7 +547,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
             cache_position=kwargs.pop("cache_position", None),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, **kwargs)

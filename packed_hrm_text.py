@@ -5,13 +5,14 @@ A packed weight is the only copy: `state_dict()`, pickling and `unpack_linear` l
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .timing_hrm_text import least_seconds
 
 
 # A shape keeps the plain layout only where that is faster by more than this: timings of a shared machine scatter, and
@@ -109,13 +110,8 @@ def packing_pays(weight: torch.Tensor) -> bool:
         return False
     if not torch.allclose(plain, ours, rtol=2e-2, atol=2e-2 * float(plain.abs().max())):
         return False
-    best = [float("inf"), float("inf")]
-    for _ in range(_TIMED_RUNS):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best[1] <= best[0] * _TOLERATED
+    plain_seconds, packed_seconds = least_seconds(runs, times=_TIMED_RUNS)
+    return packed_seconds <= plain_seconds * _TOLERATED
 
 
 def packable(model: nn.Module) -> Iterator[nn.Linear]:

@@ -8,10 +8,11 @@ oneDNN are several times faster; on others the stock kernel is the faster one. S
 from __future__ import annotations
 
 import functools
-import time
 
 import torch
 import torch.nn.functional as F
+
+from .timing_hrm_text import least_seconds
 
 
 # Below this many keys there is little to gain. The products round the scores to the cache's dtype, which the stock
@@ -74,13 +75,8 @@ def products_are_faster(head_dim: int, threads: int) -> bool:
             lambda: F.scaled_dot_product_attention(query, key, value),
             lambda: single_query_attention(query, key, value, None, head_dim**-0.5),
         )
-        best = [float("inf"), float("inf")]
-        for _ in range(_TIMED_RUNS):
-            for i, run in enumerate(runs):
-                start = time.perf_counter()
-                run()
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best[1] * _MARGIN < best[0]
+        stock, products = least_seconds(runs, times=_TIMED_RUNS)
+    return products * _MARGIN < stock
 
 
 __all__ = ["products_are_faster", "single_query_attention", "single_query_pays"]

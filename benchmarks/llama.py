@@ -7,14 +7,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import LIBRARY, OURS, ROOT
+from benchmarks.measure import merged
+from benchmarks.models import OURS, ROOT
+
+
+Figures = dict[str, dict[str, float]]
+
+
+# Prompts up to this length; longer ones take it minutes.
+LONGEST_PROMPT = 512
 
 
 def measure_llama(bench: Any, folder: Path, threads: int) -> None:
-    """Converts our random weights to GGUF and times prefill and decoding with `llama-bench`.
+    """Converts our random weights to GGUF and times `llama-bench` on them, between two runs of our own.
 
     Args:
         bench: a `Bench` with its models; rows are appended to it.
@@ -26,22 +36,36 @@ def measure_llama(bench: Any, folder: Path, threads: int) -> None:
     """
     program = _find(folder, "llama-bench")
     converter = _find(folder, "convert_hf_to_gguf.py")
-    model = bench.models[OURS]
-    if model.device.type == "meta":
-        raise ValueError("llama.cpp is measured on the weights themselves: leave out the sections memory and compile")
     with tempfile.TemporaryDirectory() as work:
         source, target = Path(work) / "model", Path(work) / "model.gguf"
-        model.save_pretrained(source)
+        bench.models[OURS].save_pretrained(source)
         _make_convertible(source)
         convert(converter, source, target)
         command = [str(program), "-m", str(target), "-t", str(threads), "-r", str(bench.plan.rounds), "-o", "json"]
         command += ["-ngl", "0" if bench.device == "cpu" else "99"]
-        contexts = ",".join(str(context) for context in sorted({c for batch, c in bench.plan.decode if batch == 1}))
-        for one in json.loads(_run([*command, "-p", "0", "-n", "8", "-d", contexts])):
-            _note(bench, "decode", f"batch 1, context {one['n_depth']}", 1 / one["avg_ts"])
-        prompts = ",".join(map(str, bench.plan.prefill))
-        for one in json.loads(_run([*command, "-n", "0", "-p", prompts])):
-            _note(bench, "prefill", f"{one['n_prompt']} tokens", one["n_prompt"] / one["avg_ts"])
+
+        def between(case: str, ours: Callable[[], Figures], arguments: list[str], tokens: int, limit: float) -> None:
+            before = ours()
+            seconds = tokens / json.loads(_run([*command, *arguments]))[0]["avg_ts"]
+            figures = merged([before, ours()])
+            bench.note("llama.cpp", case, {**figures, "llama.cpp": {"median": seconds}}, limit)
+
+        for context in sorted({context for batch, context in bench.plan.decode if batch == 1}):
+            between(
+                f"step at context {context}",
+                partial(bench.time_decode, 1, context),
+                ["-p", "0", "-n", "8", "-d", str(context)],
+                1,
+                bench.decode_limit(1, context),
+            )
+        for tokens in (tokens for tokens in bench.plan.prefill if tokens <= LONGEST_PROMPT):
+            between(
+                f"prompt of {tokens}",
+                partial(bench.time_prefill, tokens, 1),
+                ["-n", "0", "-p", str(tokens)],
+                tokens,
+                bench.prefill_limit(tokens),
+            )
 
 
 def convert(converter: Path, source: Path, target: Path) -> None:
@@ -59,14 +83,6 @@ def convert(converter: Path, source: Path, target: Path) -> None:
         f"runpy.run_path({str(converter)!r}, run_name='__main__')\n"
     )
     _run([sys.executable, "-c", code])
-
-
-def _note(bench: Any, section: str, case: str, seconds: float) -> None:
-    rows = [row for row in bench.rows if (row["section"], row["case"]) == (section, case) and "median" in row]
-    bench.note(section, case, {"llama.cpp": {"median": seconds}}, rows[0].get("limit") if rows else None)
-    library = next((row["median"] for row in rows if row["variant"] == LIBRARY), None)
-    if library:
-        bench.rows[-1]["times_library"] = library / seconds
 
 
 def _make_convertible(folder: Path) -> None:

@@ -50,6 +50,18 @@ def interleaved(
     }
 
 
+def merged(parts: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """One set of figures from several of `interleaved`: the mean of the medians, and the extremes."""
+    return {
+        name: {
+            "median": statistics.fmean(part[name]["median"] for part in parts),
+            "least": min(part[name]["least"] for part in parts),
+            "greatest": max(part[name]["greatest"] for part in parts),
+        }
+        for name in parts[0]
+    }
+
+
 def _best(device: str, run: Callable[[], Any], times: int = 7) -> float:
     run()
     return min(clock(device, run) for _ in range(times))

@@ -13,6 +13,7 @@ _OTHERS = ("#6b7a8f", "#8d6b94", "#b185a7", "#c3a29e")
 _TITLES = {
     "prefill": "Prefill of one prompt",
     "decode": "Decoding, one step",
+    "llama.cpp": "Beside llama.cpp, batch 1",
     "training": "Training step",
     "cache": "Decoding with quantized caches",
     "memory": "Peak memory above the weights",

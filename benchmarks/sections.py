@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import free_memory, interleaved, matmul_rate, read_bandwidth
+from benchmarks.measure import free_memory, interleaved, matmul_rate, merged, read_bandwidth
 from benchmarks.models import (
     COMPILED,
     LIBRARY,
@@ -109,12 +109,21 @@ class Bench:
         cached = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * batch * context
         return (weights + cached) * size
 
+    def decode_limit(self, batch: int, context: int) -> float:
+        """Seconds to read those bytes, at the rate at which this machine reads."""
+        return self.decode_bytes(batch, context) / self.limits["read_bytes_per_s"]
+
     def prefill_operations(self, tokens: int) -> int:
         """Floating point operations of a prompt that is one block, with the logits of its last position."""
         config = self.models[OURS].config
         attention = 4 * tokens * tokens * config.num_attention_heads * config.head_dim * config.num_hidden_layers
         head = 2 * config.vocab_size * config.hidden_size
         return 2 * self.weights_of_a_stack * self.calls * tokens + attention + head
+
+    def prefill_limit(self, tokens: int) -> float:
+        """Seconds for those operations, at the rate of this machine's own matrix product."""
+        rate = self.limits["matmul_1024_per_s" if tokens >= 1024 else "matmul_512_per_s"]
+        return self.prefill_operations(tokens) / rate
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -154,14 +163,16 @@ class Bench:
 
     @torch.inference_mode()
     def check_outputs(self) -> bool:
-        """Whether the logits of a prefix of 32 tokens and a response of 16 agree between all variants.
+        """Whether the logits of a prefix of 128 tokens and a response of 64 agree between all variants.
 
         Each is compared with float32: the library's class where that is the dtype that is measured, else our model,
         which the tests hold to the library's.
         """
         config = self.models[OURS].config
-        ids = torch.randint(12, config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(2)).to(self.device)
-        types = (torch.arange(48, device=self.device) < 32).long()[None]
+        ids = torch.randint(12, config.vocab_size, (1, 192), generator=torch.Generator().manual_seed(2)).to(
+            self.device
+        )
+        types = (torch.arange(192, device=self.device) < 128).long()[None]
         logits = {name: model(ids, token_type_ids=types).logits.float() for name, model in self.models.items()}
         if self.dtype is torch.float32:
             exact = logits.get(LIBRARY, logits[OURS])
@@ -180,46 +191,50 @@ class Bench:
             )
         return all(error <= bound for error in errors.values())
 
-    @torch.inference_mode()
     def measure_prefill(self) -> None:
         """A prompt that is one prefix block, into a new cache, with the logits of its last position."""
-        vocab = self.models[OURS].config.vocab_size
         for tokens in self.plan.prefill:
-            ids = torch.randint(12, vocab, (1, tokens)).to(self.device)
-            arguments = {
-                "input_ids": ids,
-                "token_type_ids": torch.ones_like(ids),
-                "use_cache": True,
-                "logits_to_keep": 1,
-            }
-            runs = {name: functools.partial(model, **arguments) for name, model in self.models.items()}
-            rate = self.limits["matmul_1024_per_s" if tokens >= 1024 else "matmul_512_per_s"]
             rounds = max(1, self.plan.rounds // (2 if tokens > 1024 else 1))
-            figures = interleaved(self.device, runs, rounds)
-            self.note("prefill", f"{tokens} tokens", figures, self.prefill_operations(tokens) / rate)
+            self.note("prefill", f"{tokens} tokens", self.time_prefill(tokens, rounds), self.prefill_limit(tokens))
 
     @torch.inference_mode()
+    def time_prefill(self, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+        """Seconds of each variant for one prompt, taking turns."""
+        ids = torch.randint(12, self.models[OURS].config.vocab_size, (1, tokens)).to(self.device)
+        arguments = {
+            "input_ids": ids,
+            "token_type_ids": torch.ones_like(ids),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        runs = {name: functools.partial(model, **arguments) for name, model in self.models.items()}
+        return interleaved(self.device, runs, rounds)
+
     def measure_decode(self) -> None:
         """Steps of decoding on a cache of the given context."""
-        config = self.models[OURS].config
-        a_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * self.dtype.itemsize
         for batch, context in self.plan.decode:
             case = f"batch {batch}, context {context}"
-            # Room for a quarter of slack, and for the copies that a cache without storage of its own makes.
-            one = a_token * batch * (context * 1.05 + 64) + 64e6
-            room = free_memory(self.device) * 0.85
-            if one > room:
+            one = self._cache_bytes(batch, context)
+            if one > self._room():
                 self.say(f"{self.size:5} decode {case}: left out, its cache of {one / 1e9:.1f} GB does not fit")
                 self.rows.append({"size": self.size, "section": "decode", "case": case, "left_out": "memory"})
                 continue
-            together = one * len(self.models) <= room
-            token = torch.randint(12, config.vocab_size, (batch, 1)).to(self.device)
-            figures = self._decode(batch, context, token, together)
-            limit = self.decode_bytes(batch, context) / self.limits["read_bytes_per_s"]
-            self.note("decode", case, figures, limit)
+            self.note("decode", case, self.time_decode(batch, context), self.decode_limit(batch, context))
 
-    def _decode(self, batch: int, context: int, token: torch.Tensor, together: bool) -> dict[str, dict[str, float]]:
+    def _cache_bytes(self, batch: int, context: int) -> float:
+        """With room for a quarter of slack, and for the copies that a cache without storage of its own makes."""
+        config = self.models[OURS].config
+        a_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * self.dtype.itemsize
+        return a_token * batch * (context * 1.05 + 64) + 64e6
+
+    def _room(self) -> float:
+        return free_memory(self.device) * 0.85
+
+    @torch.inference_mode()
+    def time_decode(self, batch: int, context: int) -> dict[str, dict[str, float]]:
+        """Seconds of each variant for one step, taking turns."""
         steps = self.plan.steps
+        token = torch.randint(12, self.models[OURS].config.vocab_size, (batch, 1)).to(self.device)
         caches: dict[str, Any] = {}
 
         def run(name: str) -> None:
@@ -238,26 +253,20 @@ class Bench:
                 if extra > 0:
                     cache.crop(-extra)
 
-        if together:
+        if self._cache_bytes(batch, context) * len(self.models) <= self._room():
             caches.update({name: filled_cache(name, model, batch, context) for name, model in self.models.items()})
             figures = each(self.models, self.plan.rounds)
         else:
             # The caches do not fit side by side: each is built anew in every round, so that the runs still take turns.
-            parts: dict[str, list[dict[str, float]]] = {name: [] for name in self.models}
+            parts: list[dict[str, dict[str, float]]] = []
             for _ in range(2):
+                parts.append({})
                 for name, model in self.models.items():
                     caches[name] = filled_cache(name, model, batch, context)
-                    parts[name].append(each([name], 2)[name])
+                    parts[-1].update(each([name], 2))
                     caches.clear()
                     free_memory(self.device)
-            figures = {
-                name: {
-                    "median": sum(part["median"] for part in found) / len(found),
-                    "least": min(part["least"] for part in found),
-                    "greatest": max(part["greatest"] for part in found),
-                }
-                for name, found in parts.items()
-            }
+            figures = merged(parts)
         return {name: {key: value / steps for key, value in figure.items()} for name, figure in figures.items()}
 
     def measure_training(self) -> None:
