@@ -12,11 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import merged
+from benchmarks.measure import Figure, merged
 from benchmarks.models import OURS, ROOT
-
-
-Figures = dict[str, dict[str, float]]
 
 
 # Prompts up to this length; longer ones take it minutes.
@@ -44,11 +41,13 @@ def measure_llama(bench: Any, folder: Path, threads: int) -> None:
         command = [str(program), "-m", str(target), "-t", str(threads), "-r", str(bench.plan.rounds), "-o", "json"]
         command += ["-ngl", "0" if bench.device == "cpu" else "99"]
 
-        def between(case: str, ours: Callable[[], Figures], arguments: list[str], tokens: int, limit: float) -> None:
+        def between(
+            case: str, ours: Callable[[], dict[str, Figure]], arguments: list[str], tokens: int, limit: float
+        ) -> None:
             before = ours()
             seconds = tokens / json.loads(_run([*command, *arguments]))[0]["avg_ts"]
             figures = merged([before, ours()])
-            bench.note("llama.cpp", case, {**figures, "llama.cpp": {"median": seconds}}, limit)
+            bench.note("llama.cpp", case, {**figures, "llama.cpp": Figure((seconds,))}, limit)
 
         for context in sorted({context for batch, context in bench.plan.decode if batch == 1}):
             between(

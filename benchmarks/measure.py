@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,49 @@ def clock(device: str, run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What the runs of one variant took, in the order in which all variants took turns."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def times(self, other: Figure) -> float:
+        """How many times as fast as `other`: the median over the turns, each beside the other's run of that turn.
+
+        A shared machine may be twice as fast in one minute as in the next, which strikes both runs of a turn alike.
+        """
+        if len(self.seconds) != len(other.seconds):
+            return other.median / self.median
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds))
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "median": self.median,
+            "least": min(self.seconds),
+            "greatest": max(self.seconds),
+            "seconds": [round(value, 6) for value in self.seconds],
+        }
+
+
 def interleaved(
-    device: str, runs: dict[str, Callable[[], Any]], rounds: int, after: Callable[[], Any] = lambda: None
-) -> dict[str, dict[str, float]]:
+    device: str,
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    after: Callable[[], Any] = lambda: None,
+    steps: int = 1,
+) -> dict[str, Figure]:
     """Times the runs in turn, `rounds` times after one warm-up; the order changes from round to round.
 
-    Returns:
-        For each name the median, the least and the greatest number of seconds.
+    Args:
+        device: "cpu" or "cuda".
+        runs: name -> what is timed.
+        rounds: turns.
+        after: called after each run, untimed.
+        steps: a run is so many steps, and the figures are of one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -42,24 +79,14 @@ def interleaved(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             taken = clock(device, runs[name])
             if i:
-                seconds[name].append(taken)
+                seconds[name].append(taken / steps)
             after()
-    return {
-        name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
-        for name, values in seconds.items()
-    }
+    return {name: Figure(tuple(values)) for name, values in seconds.items()}
 
 
-def merged(parts: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """One set of figures from several of `interleaved`: the mean of the medians, and the extremes."""
-    return {
-        name: {
-            "median": statistics.fmean(part[name]["median"] for part in parts),
-            "least": min(part[name]["least"] for part in parts),
-            "greatest": max(part[name]["greatest"] for part in parts),
-        }
-        for name in parts[0]
-    }
+def merged(parts: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+    """The figures of one run after another, as those of one."""
+    return {name: Figure(sum((part[name].seconds for part in parts), ())) for name in parts[0]}
 
 
 def _best(device: str, run: Callable[[], Any], times: int = 7) -> float:

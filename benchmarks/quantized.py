@@ -74,8 +74,8 @@ def measure_quantized(bench: Any) -> None:
     for name, figure in interleaved(bench.device, runs, 3).items():
         error = float((logits[name] - full).norm() / full.norm())
         row = {"size": bench.size, "section": "cache", "case": f"context {_PROMPT}", "variant": name, "unit": "s"}
-        bench.rows.append({**row, **figure, "bytes_a_token": sizes[name], "relative_error": error})
+        bench.rows.append({**row, **figure.row(), "bytes_a_token": sizes[name], "relative_error": error})
         bench.say(
             f"{bench.size:5} cache     {name:16} {sizes[name] / 1e3:8.1f} kB a token, "
-            f"{figure['median']:.4f} s a step, logits changed by {error:.1%}"
+            f"{figure.median:.4f} s a step, logits changed by {error:.1%}"
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import free_memory, interleaved, matmul_rate, merged, read_bandwidth
+from benchmarks.measure import Figure, free_memory, interleaved, matmul_rate, merged, read_bandwidth
 from benchmarks.models import (
     COMPILED,
     LIBRARY,
@@ -127,26 +127,30 @@ class Bench:
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
-    def note(
-        self, section: str, case: str, figures: dict[str, dict[str, float]], limit: float | None, unit="s"
-    ) -> None:
-        """Appends one row for each variant, with its ratio to the library and to the limit, and prints it."""
-        library = figures.get(LIBRARY, {}).get("median")
+    def note(self, section: str, case: str, figures: dict[str, Figure], limit: float | None) -> None:
+        """Appends and prints one row of seconds for each variant, with its ratio to the library and to the limit."""
         for variant, figure in figures.items():
-            row: dict[str, Any] = {
-                "size": self.size,
-                "section": section,
-                "case": case,
-                "variant": variant,
-                "unit": unit,
-            }
-            row.update(figure)
-            if library:
-                row["times_library"] = library / figure["median"]
+            row = self._row(section, case, variant, "s") | figure.row()
+            if LIBRARY in figures:
+                row["times_library"] = figure.times(figures[LIBRARY])
             if limit:
-                row["limit"], row["of_limit"] = limit, limit / figure["median"]
-            self.rows.append(row)
-            self.say(format_row(row))
+                row["limit"], row["of_limit"] = limit, limit / figure.median
+            self._keep(row)
+
+    def note_bytes(self, section: str, case: str, sizes: dict[str, dict[str, float]]) -> None:
+        """The same for bytes: `median` and whatever else is known of them."""
+        for variant, size in sizes.items():
+            row = self._row(section, case, variant, "bytes") | size
+            if LIBRARY in sizes:
+                row["times_library"] = sizes[LIBRARY]["median"] / size["median"]
+            self._keep(row)
+
+    def _row(self, section: str, case: str, variant: str, unit: str) -> dict[str, Any]:
+        return {"size": self.size, "section": section, "case": case, "variant": variant, "unit": unit}
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.say(format_row(row))
 
     # ---- sections ------------------------------------------------------------------------------------------------
 
@@ -194,11 +198,11 @@ class Bench:
     def measure_prefill(self) -> None:
         """A prompt that is one prefix block, into a new cache, with the logits of its last position."""
         for tokens in self.plan.prefill:
-            rounds = max(1, self.plan.rounds // (2 if tokens > 1024 else 1))
-            self.note("prefill", f"{tokens} tokens", self.time_prefill(tokens, rounds), self.prefill_limit(tokens))
+            figures = self.time_prefill(tokens, self.plan.rounds)
+            self.note("prefill", f"{tokens} tokens", figures, self.prefill_limit(tokens))
 
     @torch.inference_mode()
-    def time_prefill(self, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    def time_prefill(self, tokens: int, rounds: int) -> dict[str, Figure]:
         """Seconds of each variant for one prompt, taking turns."""
         ids = torch.randint(12, self.models[OURS].config.vocab_size, (1, tokens)).to(self.device)
         arguments = {
@@ -231,21 +235,20 @@ class Bench:
         return free_memory(self.device) * 0.85
 
     @torch.inference_mode()
-    def time_decode(self, batch: int, context: int) -> dict[str, dict[str, float]]:
+    def time_decode(self, batch: int, context: int) -> dict[str, Figure]:
         """Seconds of each variant for one step, taking turns."""
-        steps = self.plan.steps
         token = torch.randint(12, self.models[OURS].config.vocab_size, (batch, 1)).to(self.device)
         caches: dict[str, Any] = {}
 
         def run(name: str) -> None:
             # Our model is called as `generate` calls it.
             trusted = {} if name == LIBRARY else {"trusted_layout": True}
-            for _ in range(steps):
+            for _ in range(self.plan.steps):
                 self.models[name](token, past_key_values=caches[name], use_cache=True, **trusted)
 
-        def each(names: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
+        def each(names: Iterable[str], rounds: int) -> dict[str, Figure]:
             runs = {name: lambda name=name: run(name) for name in names}
-            return interleaved(self.device, runs, rounds, after=crop)
+            return interleaved(self.device, runs, rounds, after=crop, steps=self.plan.steps)
 
         def crop() -> None:
             for cache in caches.values():
@@ -255,19 +258,17 @@ class Bench:
 
         if self._cache_bytes(batch, context) * len(self.models) <= self._room():
             caches.update({name: filled_cache(name, model, batch, context) for name, model in self.models.items()})
-            figures = each(self.models, self.plan.rounds)
-        else:
-            # The caches do not fit side by side: each is built anew in every round, so that the runs still take turns.
-            parts: list[dict[str, dict[str, float]]] = []
-            for _ in range(2):
-                parts.append({})
-                for name, model in self.models.items():
-                    caches[name] = filled_cache(name, model, batch, context)
-                    parts[-1].update(each([name], 2))
-                    caches.clear()
-                    free_memory(self.device)
-            figures = merged(parts)
-        return {name: {key: value / steps for key, value in figure.items()} for name, figure in figures.items()}
+            return each(self.models, self.plan.rounds)
+        # The caches do not fit side by side: each is built anew in every round, so that the runs still take turns.
+        parts: list[dict[str, Figure]] = []
+        for _ in range(2):
+            parts.append({})
+            for name, model in self.models.items():
+                caches[name] = filled_cache(name, model, batch, context)
+                parts[-1].update(each([name], 2))
+                caches.clear()
+                free_memory(self.device)
+        return merged(parts)
 
     def measure_training(self) -> None:
         """Forward and backward of rows whose first half is prefix, gradient checkpointing off."""
@@ -285,9 +286,7 @@ class Bench:
             model.eval()
 
         runs = {name: lambda name=name: run(self.models[name]) for name in names}
-        self.note(
-            "training", f"{rows} rows of {tokens}", interleaved(self.device, runs, min(3, self.plan.rounds)), None
-        )
+        self.note("training", f"{rows} rows of {tokens}", interleaved(self.device, runs, self.plan.rounds), None)
 
     def measure_cache(self) -> None:
         """transformers' quantized caches beside our own."""
@@ -305,7 +304,7 @@ class Bench:
                 if answer is not None:
                     figures[name] = {"median": answer["above_weights"], "peak": answer["peak"]}
             if figures:
-                self.note("memory", f"{task}, {tokens} tokens", figures, None, unit="bytes")
+                self.note_bytes("memory", f"{task}, {tokens} tokens", figures)
 
     def measure_compile(self) -> None:
         """Seconds to the first compiled token, at the depth of this size and a small width, nothing in any cache."""
@@ -314,7 +313,7 @@ class Bench:
             if name in self.models:
                 answer = _child(["--first-compiled", name], self, timeout=1800)
                 if answer is not None:
-                    figures[name] = {"median": answer["seconds"]}
+                    figures[name] = Figure((answer["seconds"],))
         self.note("compile", "first compiled token", figures, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.measure import interleaved
+from benchmarks.measure import Figure, interleaved, merged
 from benchmarks.models import (
     LIBRARY,
     OURS,
@@ -92,7 +92,20 @@ def test_runs_take_turns():
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
     figures = interleaved("cpu", runs, 3)
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert all(figure["least"] <= figure["median"] <= figure["greatest"] for figure in figures.values())
+    assert all(len(figure.seconds) == 3 for figure in figures.values())
+
+
+def test_ratios_are_taken_turn_by_turn():
+    """So that a machine that slows down between turns, for both alike, does not matter."""
+    ours, library = Figure((1.0, 1.0, 2.0, 2.0, 2.0)), Figure((3.0, 3.0, 6.0, 6.0, 2.0))
+    assert ours.times(library) == 3.0
+    assert ours.times(Figure((4.0,))) == 2.0
+    assert merged([{"a": ours}, {"a": library}])["a"].seconds == ours.seconds + library.seconds
+
+
+def test_steps_of_a_run_are_counted(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.clock", lambda device, run: 6.0)
+    assert interleaved("cpu", {"a": lambda: None}, 2, steps=3)["a"].seconds == (2.0, 2.0)
 
 
 @needs_library
