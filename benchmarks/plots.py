@@ -58,10 +58,12 @@ def draw(result: dict[str, Any], output: Path) -> list[Path]:
 
 
 def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
+    """Speed in times the library's, where every row has it, since that is measured turn by turn; else what it took."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     colours = {name: _COLOURS.get(name, _OTHERS[i % len(_OTHERS)]) for i, name in enumerate(variants)}
     width = 0.8 / len(variants)
+    as_speed = rows[0]["unit"] == "s" and all("times_library" in row for row in rows)
     scale, unit = (1e9, "GB") if rows[0]["unit"] == "bytes" else (1, "seconds")
     for i, variant in enumerate(variants):
         places, heights, labels = [], [], []
@@ -69,19 +71,20 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
             for row in rows:
                 if (row["case"], row["variant"]) == (case, variant):
                     places.append(place + (i - (len(variants) - 1) / 2) * width)
-                    heights.append(row["median"] / scale)
-                    labels.append(f"{row['times_library']:.1f}x" if row.get("times_library") else "")
+                    heights.append(row["times_library"] if as_speed else row["median"] / scale)
+                    labels.append(f"{row['times_library']:.2f}x" if row.get("times_library") else "")
         bars = axis.bar(places, heights, width * 0.92, color=colours[variant], label=variant)
         axis.bar_label(bars, labels, fontsize=7, padding=1)
     for place, case in enumerate(cases):
-        limit = next((row["limit"] for row in rows if row["case"] == case and "limit" in row), None)
-        if limit is not None:
-            axis.hlines(limit / scale, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
-    axis.set_xticks(range(len(cases)), cases, fontsize=8)
+        reference = next((row for row in rows if row["case"] == case and "limit" in row), None)
+        if reference is not None:
+            limit = reference["median"] / reference["limit"] if as_speed else reference["limit"] / scale
+            axis.hlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
+    axis.set_xticks(range(len(cases)), cases, fontsize=7)
     axis.set_title(
         f"{title} (dotted: the machine's limit)" if any("limit" in row for row in rows) else title, fontsize=10
     )
-    axis.set_ylabel(unit)
+    axis.set_ylabel("times the library's speed" if as_speed else unit, fontsize=8)
     axis.margins(y=0.15)
     axis.legend(fontsize=7)
     for side in ("top", "right"):
