@@ -146,6 +146,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _end_at_signal(number: int, frame: object) -> None:
+    """Ends the program on its way out through every `finally`, with the exit status that shells expect."""
+    # A file that is just being opened may complain when it is thrown away half made, which is nobody's concern now.
+    sys.unraisablehook = lambda unraisable: None
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def _run(options: argparse.Namespace) -> int:
     if options.push_to_hub:
         check_repo_id(options.push_to_hub)
@@ -212,5 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # A polite request to end removes the temporary folder, as an interruption does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end_at_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background ignores it
+        signal.signal(signal.SIGINT, _end_at_signal)
     sys.exit(main())

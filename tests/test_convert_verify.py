@@ -262,6 +262,21 @@ def test_interruption_is_no_traceback(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "end"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_what_a_signal_finds_half_made_does_not_complain(monkeypatch, capsys, name, end):
+    """As an archive does that was interrupted before its first attribute was set."""
+
+    class HalfMade:
+        def __del__(self):
+            raise AttributeError("half made")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(end):
+        convert_weights._end_at_signal(signal.Signals[name], None)
+    HalfMade()
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_it_cleanly(tmp_path, name, code):
     """While it works: nothing is left behind, and the exit code says why it ended."""
