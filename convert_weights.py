@@ -4,13 +4,16 @@ As a program: `python convert_weights.py SOURCE --output DIR` (`--help` tells th
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conversion.errors import ConversionError
 from conversion.hub import check_repo_id, locate, publish
@@ -30,6 +33,9 @@ EPILOG = """examples:
 exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted,
 143 ended
 """
+
+# After a signal that a destructor swallowed.
+_AGAIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _end_at_signal(number: int, frame: object) -> None:
     """Ends the program on its way out through every `finally`, with the exit status that shells expect."""
-    # A file that is just being opened may complain when it is thrown away half made, which is nobody's concern now.
-    sys.unraisablehook = lambda unraisable: None
+
+    def unraisable(caught: Any) -> None:
+        # What is raised in a destructor ends that alone, so the signal comes again; what else a file complains of that
+        # is thrown away half made is nobody's concern now.
+        if isinstance(caught.exc_value, (KeyboardInterrupt, SystemExit)):
+            again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+
+    sys.unraisablehook = unraisable
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

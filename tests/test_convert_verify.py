@@ -277,6 +277,23 @@ def test_what_a_signal_finds_half_made_does_not_complain(monkeypatch, capsys, na
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("name", "end"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_a_signal_that_a_destructor_swallows_comes_again(monkeypatch, name, end):
+    class Interrupted:
+        def __del__(self):
+            convert_weights._end_at_signal(number, None)
+
+    number = signal.Signals[name]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(number, convert_weights._end_at_signal)
+    try:
+        with pytest.raises(end):
+            Interrupted()
+            time.sleep(20)
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_it_cleanly(tmp_path, name, code):
     """While it works: nothing is left behind, and the exit code says why it ended."""
