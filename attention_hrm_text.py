@@ -313,14 +313,15 @@ def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, de
     key_block = _key_axis(block, layout, keys, -1) if block is not None else None
     key_sequence = _key_axis(sequence, layout, keys, 0) if sequence is not None else None
     real = layout.real.expand(batch, -1) if layout.real is not None else None
-    key_visible = nothing_yet = None
+    key_visible = None
     if real is not None or layout.past_visible is not None:
         new = real if real is not None else torch.ones(batch, queries, dtype=torch.bool, device=device)
         key_visible = _key_axis(new.long(), layout, keys, 1).bool()
         if layout.past_visible is not None:
             hidden = ~layout.past_visible[:, :keys].expand(batch, -1)
             key_visible = key_visible & ~F.pad(hidden, (0, keys - hidden.shape[1]))
-        nothing_yet = key_visible.long().cumsum(dim=1) == 0
+
+    nothing_yet = key_visible.long().cumsum(dim=1) == 0 if real is not None else None
 
     def sees(row, query, key):
         at = query + past

@@ -19,8 +19,7 @@ from benchmarks.plots import draw
 from benchmarks.sections import QUICK, Bench, Plan, first_compiled_token, peak_memory
 
 
-LLAMA = "llama.cpp"
-SECTIONS = ("agreement", "prefill", "decode", LLAMA, "training", "cache", "memory", "compile")
+SECTIONS = ("agreement", "prefill", "decode", "training", "cache", "memory", "compile")
 QUICK_SECTIONS = SECTIONS[:3]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -49,8 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: one for each core")
     parser.add_argument("--quick", action="store_true", help="the main figures only, in two minutes")
-    choices = [name for name in SECTIONS if name != LLAMA]
-    parser.add_argument("--only", nargs="+", choices=choices, help="sections to run")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run")
     parser.add_argument("--batch", nargs="+", type=int, help="batch sizes of decoding")
     parser.add_argument("--context", nargs="+", type=int, help="contexts of decoding")
     parser.add_argument("--prompt", nargs="+", type=int, help="prompt lengths of prefill")
@@ -100,9 +98,10 @@ def measure(options: argparse.Namespace) -> int:
     result["machine"] = describe_machine(options.device, torch.get_num_threads())
     if not library_is_there():
         tqdm.write("this transformers has no HRM-Text class (it came with 5.9): only our own figures are measured")
-    wanted = set(options.only or (QUICK_SECTIONS if options.quick else SECTIONS)) - {LLAMA}
-    wanted |= {LLAMA} if options.llama_cpp else set()
-    with tqdm(total=len(options.size) * (len(wanted) + 2), unit="section", file=sys.stderr) as progress:
+    wanted = options.only or (QUICK_SECTIONS if options.quick else SECTIONS)
+    with tqdm(
+        total=len(options.size) * (len(wanted) + 2 + bool(options.llama_cpp)), unit="section", file=sys.stderr
+    ) as progress:
 
         def step(name: str) -> None:
             progress.set_description(name)
@@ -117,6 +116,9 @@ def measure(options: argparse.Namespace) -> int:
             if "agreement" in wanted:
                 step(f"{size}: agreement")
                 agree = bench.check_outputs() and agree
+            if options.llama_cpp:
+                step(f"{size}: llama.cpp")
+                measure_llama(bench, Path(options.llama_cpp).expanduser(), torch.get_num_threads())
             for name in sorted(wanted, key=SECTIONS.index):
                 if name == "agreement":
                     continue
@@ -124,10 +126,7 @@ def measure(options: argparse.Namespace) -> int:
                 if name in ("memory", "compile"):
                     # Those run in processes of their own, and the models here would only take their room.
                     bench.models = {key: model.to("meta") for key, model in bench.models.items()}
-                if name == LLAMA:
-                    measure_llama(bench, Path(options.llama_cpp).expanduser(), torch.get_num_threads())
-                else:
-                    getattr(bench, f"measure_{name}")()
+                getattr(bench, f"measure_{name}")()
             result["rows"] += bench.rows
             result["limits"][size] = bench.limits
             del bench

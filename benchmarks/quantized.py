@@ -73,7 +73,7 @@ def measure_quantized(bench: Any) -> None:
     full = logits["in full"]
     for name, figure in interleaved(bench.device, runs, 3).items():
         error = float((logits[name] - full).norm() / full.norm())
-        row = {"size": bench.size, "section": "cache", "case": f"context {_PROMPT}", "variant": name, "unit": "s"}
+        row = bench.row("cache", f"context {_PROMPT}", name, "s")
         bench.rows.append({**row, **figure.row(), "bytes_a_token": sizes[name], "relative_error": error})
         bench.say(
             f"{bench.size:5} cache     {name:16} {sizes[name] / 1e3:8.1f} kB a token, "

@@ -130,7 +130,7 @@ class Bench:
     def note(self, section: str, case: str, figures: dict[str, Figure], limit: float | None) -> None:
         """Appends and prints one row of seconds for each variant, with its ratio to the library and to the limit."""
         for variant, figure in figures.items():
-            row = self._row(section, case, variant, "s") | figure.row()
+            row = self.row(section, case, variant, "s") | figure.row()
             if LIBRARY in figures:
                 row["times_library"] = figure.times(figures[LIBRARY])
             if limit:
@@ -140,12 +140,13 @@ class Bench:
     def note_bytes(self, section: str, case: str, sizes: dict[str, dict[str, float]]) -> None:
         """The same for bytes: `median` and whatever else is known of them."""
         for variant, size in sizes.items():
-            row = self._row(section, case, variant, "bytes") | size
+            row = self.row(section, case, variant, "bytes") | size
             if LIBRARY in sizes:
                 row["times_library"] = sizes[LIBRARY]["median"] / size["median"]
             self._keep(row)
 
-    def _row(self, section: str, case: str, variant: str, unit: str) -> dict[str, Any]:
+    def row(self, section: str, case: str, variant: str, unit: str) -> dict[str, Any]:
+        """What says of which figure a row is."""
         return {"size": self.size, "section": section, "case": case, "variant": variant, "unit": unit}
 
     def _keep(self, row: dict[str, Any]) -> None:
@@ -186,8 +187,8 @@ class Bench:
         bound = max(AGREEMENT, AGREEMENT_TIMES * errors.get(LIBRARY, errors[OURS]))
         for name, error in errors.items():
             same = float((logits[name].argmax(-1) == exact.argmax(-1)).float().mean())
-            row = {"size": self.size, "section": "agreement", "case": "logits", "variant": name}
-            row |= {"unit": "relative error", "median": error, "same_argmax": same, "fine": error <= bound}
+            row = self.row("agreement", "logits", name, "relative error")
+            row |= {"median": error, "same_argmax": same, "fine": error <= bound}
             self.rows.append(row)
             self.say(
                 f"{self.size:5} agreement of {name} with float32: relative error {error:.1e}, "
