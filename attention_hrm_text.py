@@ -413,12 +413,12 @@ def _sdpa(
         return (output,)
     lead = plan.block_queries
     seen = key.shape[2] - query.shape[2] + lead
+    # Split and not sliced: its backward joins the two gradients, where that of slices fills a whole one for each.
+    of_block, of_rest = query.split((lead, query.shape[2] - lead), dim=2)
     block = F.scaled_dot_product_attention(
-        query[:, :, :lead], key[:, :, :seen], value[:, :, :seen], dropout_p=dropout, scale=scaling
+        of_block, key[:, :, :seen], value[:, :, :seen], dropout_p=dropout, scale=scaling
     )
-    rest = F.scaled_dot_product_attention(
-        query[:, :, lead:], key, value, attn_mask=plan.mask, dropout_p=dropout, scale=scaling
-    )
+    rest = F.scaled_dot_product_attention(of_rest, key, value, attn_mask=plan.mask, dropout_p=dropout, scale=scaling)
     return block, rest
 
 

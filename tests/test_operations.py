@@ -95,6 +95,35 @@ def test_swiglu_and_gate(dtype):
         torch.testing.assert_close(got.double(), output.double() * gate.double().sigmoid(), **close(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_norm(shape, dtype):
+    """The function of its own is as near to the exact gradient as autograd is, and differentiable again."""
+    x, weight = (3 * draw(*shape, seed=seed).to(dtype) for seed in (0, 1))
+    exact, plain, ours = (x.to(kind).clone().requires_grad_() for kind in (torch.float64, dtype, dtype))
+    F.rms_norm(exact, shape[-1:], eps=1e-6).backward(weight.double())
+    F.rms_norm(plain, shape[-1:], eps=1e-6).backward(weight)
+    output = norm(ours, 1e-6)
+    assert output.grad_fn.name() == "_NormBackward"
+    output.backward(weight)
+    assert ours.grad.dtype is dtype
+    plain_error, our_error = ((y.grad.double() - exact.grad).norm() for y in (plain, ours))
+    assert our_error <= 1.5 * plain_error + 1e-6 * exact.grad.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(output, norm(x, 1e-6), **close(dtype))
+
+
+def test_second_derivative_of_norm():
+    found = []
+    for function in (lambda x: norm(x, 1e-6), lambda x: F.rms_norm(x, (16,), eps=1e-6)):
+        x = draw(2, 3, 16).requires_grad_()
+        (first,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append((first, second))
+    for got, wanted in zip(*found):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_derivatives_of_swiglu():
     x = draw(2, 3, 8).double().requires_grad_()
     assert torch.autograd.gradcheck(swiglu, x)
