@@ -62,20 +62,33 @@ class GrowingLayer(DynamicLayer):
         Returns:
             Keys and values of all positions, [batch, heads, length, head_dim].
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.make_room(key_states, value_states)
         start = self._length
         end = start + key_states.shape[2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or self._key_storage.requires_grad):
+        if self._concatenates(key_states):
             self._key_storage = torch.cat([self._key_storage[:, :, :start], key_states], dim=2)
             self._value_storage = torch.cat([self._value_storage[:, :, :start], value_states], dim=2)
         else:
-            if end > self._key_storage.shape[2]:
-                self._grow(end)
             self._key_storage[:, :, start:end] = key_states
             self._value_storage[:, :, start:end] = value_states
         self._length = end
         return self._key_storage[:, :, :end], self._value_storage[:, :, :end]
+
+    def _concatenates(self, key_states: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (key_states.requires_grad or self._key_storage.requires_grad)
+
+    def make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Makes room for new positions of this kind behind those that are held; returns whether there was too little.
+
+        An empty slot takes the device of what it is given, since another slot's may have been expected.
+        """
+        if not self.is_initialized or (self._length == 0 and self._key_storage.device != key_states.device):
+            self.lazy_initialization(key_states, value_states)
+        length = self._length + key_states.shape[2]
+        if length <= self._key_storage.shape[2] or self._concatenates(key_states):
+            return False
+        self._grow(length)
+        return True
 
     def _grow(self, length: int) -> None:
         capacity = length + min(_MOST_SLACK, max(_LEAST_SLACK, length // 4))
@@ -128,6 +141,9 @@ class HrmTextCache(DynamicCache):
     Args:
         config: the model's config, which says how many slots there are; None adds slots as they are written.
 
+    Where one slot needs room, all get it: storages that are made between the passing results of a long prompt's layers
+    would keep the heap of a CPU from using the room of those again.
+
     A slot's storage is never longer than its content by more than a quarter (from 128 to 1024 positions), 32 positions
     below, or 256 above. It is reallocated once in as many steps, so n steps copy each position O(log n) times at first
     and once a block of 256 later on.
@@ -138,6 +154,16 @@ class HrmTextCache(DynamicCache):
         self.layer_class_to_replicate = GrowingLayer
         if config is not None:
             self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends new positions to one slot; see `GrowingLayer.update`."""
+        following = self.layers[layer_idx:]
+        if following and following[0].make_room(key_states, value_states):
+            for layer in following[1:]:
+                layer.make_room(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, max_length: int) -> None:
         """Removes positions from the end: below zero, how many; above, the length to keep."""

@@ -233,7 +233,7 @@ class Bench:
         return a_token * batch * (context * 1.05 + 64) + 64e6
 
     def _room(self) -> float:
-        return free_memory(self.device) * 0.85
+        return free_memory(self.device) * 0.9
 
     @torch.inference_mode()
     def time_decode(self, batch: int, context: int) -> dict[str, Figure]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from .tiny import load_class, tiny_model
+from .tiny import load_class, tiny_config, tiny_model
 
 
 Cache = load_class("cache_hrm_text.HrmTextCache")
@@ -41,6 +41,31 @@ def test_appending_copies_nothing_until_a_block_is_full():
     assert reallocations <= 2000 / 256 + 8
     assert torch.equal(returned, torch.cat(history, dim=2)) and torch.equal(layer.keys, returned)
     assert layer.keys.untyped_storage().data_ptr() == layer._key_storage.untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+def test_where_one_slot_needs_room_all_get_it():
+    """Storages that are made one by one between the layers of a prompt leave holes in the heap."""
+    cache = Cache(config=tiny_config())
+    for tokens in (40, 60):
+        before = {layer._key_storage.data_ptr() for layer in cache.layers if layer.is_initialized}
+        cache.update(*states(tokens), 0)
+        storages = [layer._key_storage for layer in cache.layers]
+        assert {storage.shape for storage in storages} == {storages[0].shape}
+        assert not before & {storage.data_ptr() for storage in storages}
+        for slot in range(1, len(cache.layers)):
+            assert cache.layers[slot].get_seq_length() == cache.layers[0].get_seq_length() - tokens
+            cache.update(*states(tokens), slot)
+        assert all(layer._key_storage is storage for layer, storage in zip(cache.layers, storages))
+
+
+@torch.no_grad()
+def test_a_slot_lies_on_the_device_of_its_layer():
+    cache = Cache(config=tiny_config())
+    cache.update(*states(5), 0)
+    cache.update(*(tensor.to("meta") for tensor in states(5)), 1)
+    assert [layer.keys.device.type for layer in cache.layers[:2]] == ["cpu", "meta"]
+    assert [layer.get_seq_length() for layer in cache.layers[:3]] == [5, 5, 0]
 
 
 @torch.no_grad()
