@@ -41,13 +41,11 @@ def measure_llama(bench: Any, folder: Path, threads: int) -> None:
         command = [str(program), "-m", str(target), "-t", str(threads), "-r", str(bench.plan.rounds), "-o", "json"]
         command += ["-ngl", "0" if bench.device == "cpu" else "99"]
 
-        def between(
-            case: str, ours: Callable[[], dict[str, Figure]], arguments: list[str], tokens: int, limit: float
-        ) -> None:
+        def between(case: str, ours: Callable[[], dict[str, Figure]], arguments: list[str], tokens: int) -> None:
             before = ours()
             seconds = tokens / json.loads(_run([*command, *arguments]))[0]["avg_ts"]
             figures = merged([before, ours()])
-            bench.note("llama.cpp", case, {**figures, "llama.cpp": Figure((seconds,))}, limit)
+            bench.note("llama.cpp", case, {**figures, "llama.cpp": Figure((seconds,))})
 
         for context in sorted({context for batch, context in bench.plan.decode if batch == 1}):
             between(
@@ -55,7 +53,6 @@ def measure_llama(bench: Any, folder: Path, threads: int) -> None:
                 partial(bench.time_decode, 1, context),
                 ["-p", "0", "-n", "8", "-d", str(context)],
                 1,
-                bench.decode_limit(1, context),
             )
         for tokens in (tokens for tokens in bench.plan.prefill if tokens <= LONGEST_PROMPT):
             between(
@@ -63,7 +60,6 @@ def measure_llama(bench: Any, folder: Path, threads: int) -> None:
                 partial(bench.time_prefill, tokens, 1),
                 ["-n", "0", "-p", str(tokens)],
                 tokens,
-                bench.prefill_limit(tokens),
             )
 
 

@@ -31,13 +31,25 @@ def clock(device: str, run: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """What the runs of one variant took, in the order in which all variants took turns."""
+    """What the runs of one variant took, in the order in which all variants took turns.
+
+    Attributes:
+        seconds: of each run.
+        limits: the least that the machine allowed just then, measured before and after each run; empty where there is
+            no such limit.
+    """
 
     seconds: tuple[float, ...]
+    limits: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def of_limit(self) -> float | None:
+        """The part of what the machine allowed: the median over the turns."""
+        return statistics.median(b / a for a, b in zip(self.seconds, self.limits)) if self.limits else None
 
     def times(self, other: Figure) -> float:
         """How many times as fast as `other`: the median over the turns, each beside the other's run of that turn.
@@ -49,12 +61,15 @@ class Figure:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds))
 
     def row(self) -> dict[str, Any]:
-        return {
+        row: dict[str, Any] = {
             "median": self.median,
             "least": min(self.seconds),
             "greatest": max(self.seconds),
             "seconds": [round(value, 6) for value in self.seconds],
         }
+        if self.limits:
+            row |= {"limit": statistics.median(self.limits), "of_limit": self.of_limit}
+        return row
 
 
 def interleaved(
@@ -63,6 +78,7 @@ def interleaved(
     rounds: int,
     after: Callable[[], Any] = lambda: None,
     steps: int = 1,
+    limit: Callable[[], float] | None = None,
 ) -> dict[str, Figure]:
     """Times the runs in turn, `rounds` times after one warm-up; the order changes from round to round.
 
@@ -72,41 +88,61 @@ def interleaved(
         rounds: turns.
         after: called after each run, untimed.
         steps: a run is so many steps, and the figures are of one.
+        limit: measures how many seconds the machine allows for a step just now; called between the runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    limits: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for i in range(rounds + 1):
+        before = limit() if limit and i else 0.0
         for name in names[i % len(names) :] + names[: i % len(names)]:
             taken = clock(device, runs[name])
             if i:
                 seconds[name].append(taken / steps)
+            if limit and i:
+                now = limit()
+                limits[name].append((before + now) / 2)
+                before = now
             after()
-    return {name: Figure(tuple(values)) for name, values in seconds.items()}
+    return {name: Figure(tuple(values), tuple(limits[name])) for name, values in seconds.items()}
 
 
 def merged(parts: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
     """The figures of one run after another, as those of one."""
-    return {name: Figure(sum((part[name].seconds for part in parts), ())) for name in parts[0]}
+    return {
+        name: Figure(sum((part[name].seconds for part in parts), ()), sum((part[name].limits for part in parts), ()))
+        for name in parts[0]
+    }
 
 
-def _best(device: str, run: Callable[[], Any], times: int = 7) -> float:
-    run()
+def _best(device: str, run: Callable[[], Any], times: int) -> float:
     return min(clock(device, run) for _ in range(times))
 
 
-def read_bandwidth(device: str, gigabytes: float = 0.8) -> float:
-    """Bytes a second at which the machine reads a buffer far larger than its caches, the best of two kernels."""
-    count = int(gigabytes * 1e9 / 4)
-    buffer = torch.ones(count, dtype=torch.float32, device=device)
-    kernels = (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer))
-    return buffer.nbytes / min(_best(device, kernel) for kernel in kernels)
+class Limits:
+    """How fast the machine reads memory and multiplies matrices, at the moment of each call."""
 
+    # Far larger than any cache; and the edge of the matrix.
+    _READ_BYTES, _EDGE = 800_000_000, 4096
 
-def matmul_rate(device: str, dtype: torch.dtype, rows: int, columns: int = 4096, depth: int = 4096) -> float:
-    """Floating point operations a second of one matrix product [rows, depth] x [depth, columns]."""
-    left = torch.randn(rows, depth).to(device, dtype)
-    right = torch.randn(depth, columns).to(device, dtype)
-    return 2 * rows * depth * columns / _best(device, lambda: left @ right)
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.device = device
+        self.buffer = torch.ones(self._READ_BYTES // 4, dtype=torch.float32, device=device)
+        self.right = torch.randn(self._EDGE, self._EDGE).to(device, dtype)
+        # What is called first is slower.
+        self.bytes_read()
+        self.operations(16)
+
+    def bytes_read(self) -> float:
+        """Bytes a second, the best of two kernels."""
+        buffer = self.buffer
+        kernels = (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer))
+        return buffer.nbytes / min(_best(self.device, kernel, times=2) for kernel in kernels)
+
+    def operations(self, rows: int) -> float:
+        """Floating point operations a second of one matrix product, with so many rows on the left."""
+        left = self.right[:rows]
+        return 2 * rows * self._EDGE**2 / _best(self.device, lambda: left @ self.right, times=5)
 
 
 def free_memory(device: str) -> float:

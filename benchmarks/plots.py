@@ -78,7 +78,7 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     for place, case in enumerate(cases):
         reference = next((row for row in rows if row["case"] == case and "limit" in row), None)
         if reference is not None:
-            limit = reference["median"] / reference["limit"] if as_speed else reference["limit"] / scale
+            limit = 1 / reference["of_limit"] if as_speed else reference["limit"] / scale
             axis.hlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
     axis.set_xticks(range(len(cases)), cases, fontsize=7)
     axis.set_title(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Figure, free_memory, interleaved, matmul_rate, merged, read_bandwidth
+from benchmarks.measure import Figure, Limits, free_memory, interleaved, merged
 from benchmarks.models import (
     COMPILED,
     LIBRARY,
@@ -63,7 +63,10 @@ QUICK = Plan(prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2)
 
 @dataclass
 class Bench:
-    """The models of one size, the limits of the machine, and the rows measured so far."""
+    """The models of one size, the limits of the machine, and the rows measured so far.
+
+    The limits are those at the start of the run; each figure comes with what it was just then.
+    """
 
     size: str
     dtype: torch.dtype
@@ -71,6 +74,7 @@ class Bench:
     plan: Plan
     say: Callable[[str], None]
     compile_layers: bool = False
+    machine: Any = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
@@ -78,6 +82,7 @@ class Bench:
     def build(self) -> None:
         """Builds every variant on the same weights."""
         config = config_of(self.size)
+        self.machine = Limits(self.device, self.dtype)
         ours = build_ours(config, self.dtype, self.device)
         if library_is_there():
             self.models[LIBRARY] = build_library(ours)
@@ -110,8 +115,8 @@ class Bench:
         return (weights + cached) * size
 
     def decode_limit(self, batch: int, context: int) -> float:
-        """Seconds to read those bytes, at the rate at which this machine reads."""
-        return self.decode_bytes(batch, context) / self.limits["read_bytes_per_s"]
+        """Seconds to read those bytes, at the rate at which this machine reads now."""
+        return self.decode_bytes(batch, context) / self.machine.bytes_read()
 
     def prefill_operations(self, tokens: int) -> int:
         """Floating point operations of a prompt that is one block, with the logits of its last position."""
@@ -121,20 +126,17 @@ class Bench:
         return 2 * self.weights_of_a_stack * self.calls * tokens + attention + head
 
     def prefill_limit(self, tokens: int) -> float:
-        """Seconds for those operations, at the rate of this machine's own matrix product."""
-        rate = self.limits["matmul_1024_per_s" if tokens >= 1024 else "matmul_512_per_s"]
-        return self.prefill_operations(tokens) / rate
+        """Seconds for those operations, at the rate of this machine's own matrix product now."""
+        return self.prefill_operations(tokens) / self.machine.operations(1024 if tokens >= 1024 else 512)
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
-    def note(self, section: str, case: str, figures: dict[str, Figure], limit: float | None) -> None:
-        """Appends and prints one row of seconds for each variant, with its ratio to the library and to the limit."""
+    def note(self, section: str, case: str, figures: dict[str, Figure]) -> None:
+        """Appends and prints one row of seconds for each variant, with its ratio to the library."""
         for variant, figure in figures.items():
             row = self.row(section, case, variant, "s") | figure.row()
             if LIBRARY in figures:
                 row["times_library"] = figure.times(figures[LIBRARY])
-            if limit:
-                row["limit"], row["of_limit"] = limit, limit / figure.median
             self._keep(row)
 
     def note_bytes(self, section: str, case: str, sizes: dict[str, dict[str, float]]) -> None:
@@ -157,9 +159,9 @@ class Bench:
 
     def measure_limits(self) -> None:
         """Bytes read and operations done a second by this machine, now."""
-        self.limits["read_bytes_per_s"] = read_bandwidth(self.device)
+        self.limits["read_bytes_per_s"] = self.machine.bytes_read()
         for rows in (512, 1024):
-            self.limits[f"matmul_{rows}_per_s"] = matmul_rate(self.device, self.dtype, rows)
+            self.limits[f"matmul_{rows}_per_s"] = self.machine.operations(rows)
         self.say(
             f"limits: reads {self.limits['read_bytes_per_s'] / 1e9:.1f} GB/s, {str(self.dtype)[6:]} matrix product "
             f"{self.limits['matmul_512_per_s'] / 1e9:.0f} GFLOP/s (512 rows), "
@@ -199,8 +201,7 @@ class Bench:
     def measure_prefill(self) -> None:
         """A prompt that is one prefix block, into a new cache, with the logits of its last position."""
         for tokens in self.plan.prefill:
-            figures = self.time_prefill(tokens, self.plan.rounds)
-            self.note("prefill", f"{tokens} tokens", figures, self.prefill_limit(tokens))
+            self.note("prefill", f"{tokens} tokens", self.time_prefill(tokens, self.plan.rounds))
 
     @torch.inference_mode()
     def time_prefill(self, tokens: int, rounds: int) -> dict[str, Figure]:
@@ -213,7 +214,7 @@ class Bench:
             "logits_to_keep": 1,
         }
         runs = {name: functools.partial(model, **arguments) for name, model in self.models.items()}
-        return interleaved(self.device, runs, rounds)
+        return interleaved(self.device, runs, rounds, limit=functools.partial(self.prefill_limit, tokens))
 
     def measure_decode(self) -> None:
         """Steps of decoding on a cache of the given context."""
@@ -224,7 +225,7 @@ class Bench:
                 self.say(f"{self.size:5} decode {case}: left out, its cache of {one / 1e9:.1f} GB does not fit")
                 self.rows.append({"size": self.size, "section": "decode", "case": case, "left_out": "memory"})
                 continue
-            self.note("decode", case, self.time_decode(batch, context), self.decode_limit(batch, context))
+            self.note("decode", case, self.time_decode(batch, context))
 
     def _cache_bytes(self, batch: int, context: int) -> float:
         """With room for a quarter of slack, and for the copies that a cache without storage of its own makes."""
@@ -249,7 +250,8 @@ class Bench:
 
         def each(names: Iterable[str], rounds: int) -> dict[str, Figure]:
             runs = {name: lambda name=name: run(name) for name in names}
-            return interleaved(self.device, runs, rounds, after=crop, steps=self.plan.steps)
+            limit = functools.partial(self.decode_limit, batch, context)
+            return interleaved(self.device, runs, rounds, after=crop, steps=self.plan.steps, limit=limit)
 
         def crop() -> None:
             for cache in caches.values():
@@ -287,7 +289,7 @@ class Bench:
             model.eval()
 
         runs = {name: lambda name=name: run(self.models[name]) for name in names}
-        self.note("training", f"{rows} rows of {tokens}", interleaved(self.device, runs, self.plan.rounds), None)
+        self.note("training", f"{rows} rows of {tokens}", interleaved(self.device, runs, self.plan.rounds))
 
     def measure_cache(self) -> None:
         """transformers' quantized caches beside our own."""
@@ -315,7 +317,7 @@ class Bench:
                 answer = _child(["--first-compiled", name], self, timeout=1800)
                 if answer is not None:
                     figures[name] = Figure((answer["seconds"],))
-        self.note("compile", "first compiled token", figures, None)
+        self.note("compile", "first compiled token", figures)
 
 
 def format_row(row: dict[str, Any]) -> str:

@@ -103,6 +103,15 @@ def test_ratios_are_taken_turn_by_turn():
     assert merged([{"a": ours}, {"a": library}])["a"].seconds == ours.seconds + library.seconds
 
 
+def test_the_limit_is_measured_around_each_run(monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.clock", lambda device, run: run())
+    allowed = iter((1.0, 3.0, 5.0, 1.0, 1.0, 1.0))
+    figures = interleaved("cpu", {"a": lambda: 4.0, "b": lambda: 8.0}, 2, limit=lambda: next(allowed))
+    assert figures["a"].limits == (4.0, 1.0) and figures["b"].limits == (2.0, 1.0)
+    assert figures["a"].of_limit == (1.0 + 0.25) / 2
+    assert figures["a"].row()["limit"] == 2.5 and Figure((1.0,)).of_limit is None
+
+
 def test_steps_of_a_run_are_counted(monkeypatch):
     monkeypatch.setattr("benchmarks.measure.clock", lambda device, run: 6.0)
     assert interleaved("cpu", {"a": lambda: None}, 2, steps=3)["a"].seconds == (2.0, 2.0)
