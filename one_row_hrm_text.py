@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .timing_hrm_text import least_seconds
+from .timing_hrm_text import least_seconds, may_choose
 
 
 # Smaller weights stay in the processor's caches, and the call costs more than the product.
@@ -45,9 +45,7 @@ def _is_plain(linear: nn.Module, x: torch.Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not weight.is_contiguous():
-        return False
-    if torch.are_deterministic_algorithms_enabled():  # which of two roundings it is may change with the process
+    if not weight.is_contiguous() or not may_choose():
         return False
     return vector_is_faster(min(weight.shape[0], _TIMED_OUTPUTS), weight.shape[1], torch.get_num_threads())
 

@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .timing_hrm_text import least_seconds
+from .timing_hrm_text import least_seconds, may_choose
 
 
 # Below this many keys there is little to gain. The products round the scores to the cache's dtype, which the stock
@@ -50,9 +50,7 @@ def single_query_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `single_query_attention` is to serve this call instead of the stock kernel."""
     if query.shape[2] != 1 or key.shape[2] < _LEAST_KEYS or query.device.type != "cpu":
         return False
-    if query.dtype is not torch.bfloat16 or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.are_deterministic_algorithms_enabled() or (torch.is_grad_enabled() and query.requires_grad):
+    if query.dtype is not torch.bfloat16 or (torch.is_grad_enabled() and query.requires_grad) or not may_choose():
         return False
     return products_are_faster(query.shape[3], torch.get_num_threads())
 

@@ -6,6 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+
+def may_choose() -> bool:
+    """Whether what is faster may decide between two ways that round differently.
+
+    Not while a graph is traced, which has to hold one of them, nor where each process is to compute the same.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (traced or torch.are_deterministic_algorithms_enabled())
+
 
 def least_seconds(runs: Sequence[Callable[[], Any]], times: int) -> list[float]:
     """Runs each in turn, `times` times; the least seconds of each, which is what a busy machine distorts least."""
@@ -18,4 +29,4 @@ def least_seconds(runs: Sequence[Callable[[], Any]], times: int) -> list[float]:
     return least
 
 
-__all__ = ["least_seconds"]
+__all__ = ["least_seconds", "may_choose"]
