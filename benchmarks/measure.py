@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -151,11 +152,20 @@ def free_memory(device: str) -> float:
     if device == "cuda":
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info()[0])
+    _trim_heap()
     try:
         import psutil
     except ImportError:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     return float(psutil.virtual_memory().available)
+
+
+def _trim_heap() -> None:
+    """Gives back what glibc keeps of freed memory, which other allocations of the process may not be able to use."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
 
 
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
