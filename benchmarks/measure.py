@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -162,10 +163,8 @@ def free_memory(device: str) -> float:
 
 def _trim_heap() -> None:
     """Gives back what glibc keeps of freed memory, which other allocations of the process may not be able to use."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass
 
 
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
