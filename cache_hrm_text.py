@@ -159,9 +159,8 @@ class HrmTextCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends new positions to one slot; see `GrowingLayer.update`."""
-        following = self.layers[layer_idx:]
-        if following and following[0].make_room(key_states, value_states):
-            for layer in following[1:]:
+        if layer_idx < len(self.layers) and self.layers[layer_idx].make_room(key_states, value_states):
+            for layer in self.layers[layer_idx + 1 :]:
                 layer.make_room(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

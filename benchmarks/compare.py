@@ -98,10 +98,10 @@ def measure(options: argparse.Namespace) -> int:
     result["machine"] = describe_machine(options.device, torch.get_num_threads())
     if not library_is_there():
         tqdm.write("this transformers has no HRM-Text class (it came with 5.9): only our own figures are measured")
-    wanted = options.only or (QUICK_SECTIONS if options.quick else SECTIONS)
-    with tqdm(
-        total=len(options.size) * (len(wanted) + 2 + bool(options.llama_cpp)), unit="section", file=sys.stderr
-    ) as progress:
+    chosen = options.only or (QUICK_SECTIONS if options.quick else SECTIONS)
+    wanted = [name for name in SECTIONS if name in chosen]
+    steps = len(options.size) * (len(wanted) + 2 + bool(options.llama_cpp))
+    with tqdm(total=steps, unit="section", file=sys.stderr) as progress:
 
         def step(name: str) -> None:
             progress.set_description(name)
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> int:
             if options.llama_cpp:
                 step(f"{size}: llama.cpp")
                 measure_llama(bench, Path(options.llama_cpp).expanduser(), torch.get_num_threads())
-            for name in sorted(wanted, key=SECTIONS.index):
+            for name in wanted:
                 if name == "agreement":
                     continue
                 step(f"{size}: {name}")

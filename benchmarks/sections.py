@@ -74,7 +74,7 @@ class Bench:
     plan: Plan
     say: Callable[[str], None]
     compile_layers: bool = False
-    machine: Any = None
+    machine: Limits | None = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
