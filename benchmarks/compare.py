@@ -27,6 +27,7 @@ EPILOG = """examples:
   python -m benchmarks.compare --quick
   python -m benchmarks.compare --output benchmarks/results/my_machine
   python -m benchmarks.compare --size 1b --only decode --batch 1 4 --context 1024
+  python -m benchmarks.compare --size 1b --layers 4 --only prefill training --rounds 21
   python -m benchmarks.compare --device cuda --compile-layers
   python -m benchmarks.compare --llama-cpp ~/llama.cpp/build/bin --quick
   python -m benchmarks.compare --plot benchmarks/results/my_machine.json
@@ -44,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--size", nargs="+", choices=list(SIZES), default=["nano", "1b"], help="random models to build"
     )
+    parser.add_argument("--layers", type=int, help="layers of a stack; fewer give steadier figures in the same time")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: bfloat16, nano float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: one for each core")
@@ -66,8 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch", "context", "prompt"):
         if any(value < 1 for value in getattr(options, name) or []):
             parser.error(f"--{name}: give numbers above zero")
-    if options.rounds is not None and options.rounds < 1:
-        parser.error("--rounds: give a number above zero")
+    for name in ("layers", "rounds"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name}: give a number above zero")
     if options.plot is not None and not options.plot.is_file():
         parser.error(f"--plot: there is no file {options.plot}")
     return options
@@ -95,6 +98,8 @@ def dtype_of(options: argparse.Namespace, size: str) -> torch.dtype:
 def measure(options: argparse.Namespace) -> int:
     """Runs the sections for each size; returns the exit status."""
     plan, agree, result = plan_of(options), True, {"rows": [], "limits": {}}
+    if options.layers:
+        result["layers_per_stack"] = options.layers
     result["machine"] = describe_machine(options.device, torch.get_num_threads())
     if not library_is_there():
         tqdm.write("this transformers has no HRM-Text class (it came with 5.9): only our own figures are measured")
@@ -109,7 +114,8 @@ def measure(options: argparse.Namespace) -> int:
 
         for size in options.size:
             step(f"{size}: building")
-            bench = Bench(size, dtype_of(options, size), options.device, plan, tqdm.write, options.compile_layers)
+            shared = (size, dtype_of(options, size), options.device)
+            bench = Bench(*shared, plan, tqdm.write, options.compile_layers, options.layers)
             bench.build()
             step(f"{size}: limits of the machine")
             bench.measure_limits()
@@ -149,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.peak or options.first_compiled:
         size = options.size[0]
-        shared = (size, dtype_of(options, size), options.device)
+        shared = (size, options.layers, dtype_of(options, size), options.device)
         if options.peak:
             variant, task, tokens = options.peak
             print(json.dumps(peak_memory(variant, task, int(tokens), *shared)))

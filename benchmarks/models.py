@@ -35,9 +35,10 @@ def our_class(reference: str) -> Any:
     return get_class_from_dynamic_module(reference, str(ROOT))
 
 
-def config_of(size: str, **overrides: Any) -> Any:
-    """Our config of a size named in `SIZES`."""
-    return our_class("configuration_hrm_text.HrmTextConfig")(**{**SIZES[size], **overrides})
+def config_of(size: str, layers: int | None = None, **overrides: Any) -> Any:
+    """Our config of a size named in `SIZES`, with another number of layers in a stack where one is given."""
+    depth = {} if layers is None else {"num_layers_per_stack": layers}
+    return our_class("configuration_hrm_text.HrmTextConfig")(**{**SIZES[size], **depth, **overrides})
 
 
 def library_is_there() -> bool:

@@ -48,7 +48,9 @@ def draw(result: dict[str, Any], output: Path) -> list[Path]:
             _bars(axis, [row for row in mine if row["section"] == section], _TITLES[section])
         machine = result["machine"]
         about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-        figure.suptitle(f"HRM-Text {size}: {about}\ntorch {machine['torch']}, transformers {machine['transformers']}")
+        layers = f" with {result['layers_per_stack']} layers a stack" if "layers_per_stack" in result else ""
+        versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+        figure.suptitle(f"HRM-Text {size}{layers}: {about}\n{versions}")
         figure.tight_layout()
         path = output.with_name(f"{output.name}_{size}.png")
         figure.savefig(path, dpi=110)

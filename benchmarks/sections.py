@@ -65,7 +65,8 @@ QUICK = Plan(prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2)
 class Bench:
     """The models of one size, the limits of the machine, and the rows measured so far.
 
-    The limits are those at the start of the run; each figure comes with what it was just then.
+    The limits are those at the start of the run; each figure comes with what it was just then. `layers`, where set, is
+    the number of layers of a stack in place of the size's own.
     """
 
     size: str
@@ -74,6 +75,7 @@ class Bench:
     plan: Plan
     say: Callable[[str], None]
     compile_layers: bool = False
+    layers: int | None = None
     machine: Limits | None = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -81,7 +83,7 @@ class Bench:
 
     def build(self) -> None:
         """Builds every variant on the same weights."""
-        config = config_of(self.size)
+        config = config_of(self.size, self.layers)
         self.machine = Limits(self.device, self.dtype)
         ours = build_ours(config, self.dtype, self.device)
         if library_is_there():
@@ -337,6 +339,7 @@ def format_row(row: dict[str, Any]) -> str:
 def _child(arguments: list[str], bench: Bench, timeout: float) -> dict[str, Any] | None:
     dtype = str(bench.dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "benchmarks.compare", "--size", bench.size, "--dtype", dtype]
+    command += ["--layers", str(bench.layers)] if bench.layers else []
     command += ["--device", bench.device, "--threads", str(torch.get_num_threads()), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder}
@@ -351,8 +354,10 @@ def _child(arguments: list[str], bench: Bench, timeout: float) -> dict[str, Any]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _one_variant(variant: str, size: str, dtype: torch.dtype, device: str, **overrides: Any) -> Any:
-    model = build_ours(config_of(size, **overrides), dtype, device)
+def _one_variant(
+    variant: str, size: str, layers: int | None, dtype: torch.dtype, device: str, **overrides: Any
+) -> Any:
+    model = build_ours(config_of(size, layers, **overrides), dtype, device)
     if variant == LIBRARY:
         return build_library(model)
     if variant == OPTIMIZED:
@@ -362,9 +367,11 @@ def _one_variant(variant: str, size: str, dtype: torch.dtype, device: str, **ove
     return model
 
 
-def peak_memory(variant: str, task: str, tokens: int, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+def peak_memory(
+    variant: str, task: str, tokens: int, size: str, layers: int | None, dtype: torch.dtype, device: str
+) -> dict[str, float]:
     """Bytes at the peak of a task, and how many of them are above what the loaded model takes."""
-    model = _one_variant(variant, size, dtype, device)
+    model = _one_variant(variant, size, layers, dtype, device)
     rows = 2 if task == "training" else 1
     ids = torch.randint(12, model.config.vocab_size, (rows, tokens)).to(device)
     types = torch.ones_like(ids)
@@ -397,12 +404,14 @@ def _memory_now(device: str, reset: bool) -> float:
         return next(float(line.split()[1]) * 1024 for line in file if line.startswith(wanted))
 
 
-def first_compiled_token(variant: str, size: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+def first_compiled_token(
+    variant: str, size: str, layers: int | None, dtype: torch.dtype, device: str
+) -> dict[str, float]:
     """Seconds until `generate` with a static cache and compilation has given its first compiled token."""
     from transformers import CompileConfig
 
     narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 128}
-    model = _one_variant(variant, size, dtype, device, **narrow)
+    model = _one_variant(variant, size, layers, dtype, device, **narrow)
     ids = torch.randint(12, 128, (1, 16)).to(device)
     config = CompileConfig(mode="default")
     config._compile_all_devices = True

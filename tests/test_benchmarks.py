@@ -87,12 +87,16 @@ def test_bytes_of_quantized_tensors_are_counted():
     assert exact <= cache_bytes(cache) <= 1.6 * exact
 
 
-def test_runs_take_turns():
+def test_runs_take_turns_in_an_order_that_changes():
     order = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    figures = interleaved("cpu", runs, 3)
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert all(len(figure.seconds) == 3 for figure in figures.values())
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    figures = interleaved("cpu", runs, 30)
+    turns = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(turns) == 31 and set(turns) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert all(len(figure.seconds) == 30 for figure in figures.values())
+    again, order = order, []
+    interleaved("cpu", {name: lambda name=name: order.append(name) for name in "abc"}, 30)
+    assert order == again
 
 
 def test_ratios_are_taken_turn_by_turn():
@@ -105,11 +109,12 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_the_limit_is_measured_around_each_run(monkeypatch):
     monkeypatch.setattr("benchmarks.measure.clock", lambda device, run: run())
-    allowed = iter((1.0, 3.0, 5.0, 1.0, 1.0, 1.0))
-    figures = interleaved("cpu", {"a": lambda: 4.0, "b": lambda: 8.0}, 2, limit=lambda: next(allowed))
-    assert figures["a"].limits == (4.0, 1.0) and figures["b"].limits == (2.0, 1.0)
-    assert figures["a"].of_limit == (1.0 + 0.25) / 2
-    assert figures["a"].row()["limit"] == 2.5 and Figure((1.0,)).of_limit is None
+    allowed = iter((1.0, 3.0, 5.0))
+    figures = interleaved("cpu", {"a": lambda: 4.0, "b": lambda: 8.0}, 1, limit=lambda: next(allowed))
+    assert sorted(figures[name].limits for name in "ab") == [(2.0,), (4.0,)]
+    figure = Figure((4.0, 4.0), (4.0, 1.0))
+    assert figure.of_limit == (1.0 + 0.25) / 2
+    assert figure.row()["limit"] == 2.5 and Figure((1.0,)).of_limit is None
 
 
 def test_steps_of_a_run_are_counted(monkeypatch):
@@ -119,10 +124,9 @@ def test_steps_of_a_run_are_counted(monkeypatch):
 
 @needs_library
 def test_a_run_writes_its_figures_and_plots(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(
-        SIZES, "nano", {**SIZES["nano"], "num_layers_per_stack": 1, "hidden_size": 40, "vocab_size": 128}
-    )
-    arguments = ["--size", "nano", "--quick", "--rounds", "1", "--prompt", "16", "--batch", "1", "--context", "24"]
+    monkeypatch.setitem(SIZES, "nano", {**SIZES["nano"], "hidden_size": 40, "vocab_size": 128})
+    arguments = ["--size", "nano", "--layers", "1", "--quick", "--rounds", "1"]
+    arguments += ["--prompt", "16", "--batch", "1", "--context", "24"]
     threads = str(torch.get_num_threads())
     assert compare.main([*arguments, "--threads", threads, "--output", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
@@ -134,6 +138,7 @@ def test_a_run_writes_its_figures_and_plots(tmp_path, monkeypatch, capsys):
             assert row["fine"]
         else:
             assert row["median"] > 0 and row["times_library"] > 0 and row["of_limit"] > 0
+    assert result["layers_per_stack"] == 1
     assert result["limits"]["nano"]["read_bytes_per_s"] > 1e8
     assert {"processor", "threads", "torch", "transformers"} <= set(result["machine"])
     assert compare.main(["--plot", str(tmp_path / "run.json")]) == 0
@@ -143,6 +148,7 @@ def test_a_run_writes_its_figures_and_plots(tmp_path, monkeypatch, capsys):
     ("arguments", "named"),
     [
         (["--rounds", "0"], "--rounds"),
+        (["--layers", "0"], "--layers"),
         (["--context", "-1"], "--context"),
         (["--plot", "missing.json"], "--plot"),
         (["--size", "2b"], "--size"),
