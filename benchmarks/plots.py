@@ -74,20 +74,22 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
                 if (row["case"], row["variant"]) == (case, variant):
                     places.append(place + (i - (len(variants) - 1) / 2) * width)
                     heights.append(row["times_library"] if as_speed else row["median"] / scale)
-                    labels.append(f"{row['times_library']:.2f}x" if row.get("times_library") else "")
+                    times = row.get("times_library")
+                    labels.append(f"{times:.2f}{'' if as_speed else 'x'}" if times else "")
         bars = axis.bar(places, heights, width * 0.92, color=colours[variant], label=variant)
-        axis.bar_label(bars, labels, fontsize=7, padding=1)
+        axis.bar_label(bars, labels, fontsize=6.5, padding=1)
     for place, case in enumerate(cases):
         reference = next((row for row in rows if row["case"] == case and "limit" in row), None)
         if reference is not None:
             limit = 1 / reference["of_limit"] if as_speed else reference["limit"] / scale
             axis.hlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
-    axis.set_xticks(range(len(cases)), cases, fontsize=7)
+    axis.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=7)
     axis.set_title(
         f"{title} (dotted: the machine's limit)" if any("limit" in row for row in rows) else title, fontsize=10
     )
     axis.set_ylabel("times the library's speed" if as_speed else unit, fontsize=8)
     axis.margins(y=0.15)
-    axis.legend(fontsize=7)
+    # Beside the bars, which it would hide.
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
