@@ -95,6 +95,11 @@ def dtype_of(options: argparse.Namespace, size: str) -> torch.dtype:
     return getattr(torch, options.dtype or ("float32" if size == "nano" else "bfloat16"))
 
 
+def subject(options: argparse.Namespace, size: str) -> tuple[str, int | None, torch.dtype, str]:
+    """Which model is measured: its size, the layers of a stack where they differ from the size's, dtype and device."""
+    return size, options.layers, dtype_of(options, size), options.device
+
+
 def measure(options: argparse.Namespace) -> int:
     """Runs the sections for each size; returns the exit status."""
     plan, agree, result = plan_of(options), True, {"rows": [], "limits": {}}
@@ -114,8 +119,7 @@ def measure(options: argparse.Namespace) -> int:
 
         for size in options.size:
             step(f"{size}: building")
-            shared = (size, dtype_of(options, size), options.device)
-            bench = Bench(*shared, plan, tqdm.write, options.compile_layers, options.layers)
+            bench = Bench(*subject(options, size), plan, tqdm.write, options.compile_layers)
             bench.build()
             step(f"{size}: limits of the machine")
             bench.measure_limits()
@@ -154,13 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.peak or options.first_compiled:
-        size = options.size[0]
-        shared = (size, options.layers, dtype_of(options, size), options.device)
+        model = subject(options, options.size[0])
         if options.peak:
             variant, task, tokens = options.peak
-            print(json.dumps(peak_memory(variant, task, int(tokens), *shared)))
+            print(json.dumps(peak_memory(variant, task, int(tokens), *model)))
         else:
-            print(json.dumps(first_compiled_token(options.first_compiled, *shared)))
+            print(json.dumps(first_compiled_token(options.first_compiled, *model)))
         return 0
     return measure(options)
 

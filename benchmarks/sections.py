@@ -70,12 +70,12 @@ class Bench:
     """
 
     size: str
+    layers: int | None
     dtype: torch.dtype
     device: str
     plan: Plan
     say: Callable[[str], None]
     compile_layers: bool = False
-    layers: int | None = None
     machine: Limits | None = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -31,7 +31,7 @@ needs_library = pytest.mark.skipif(not library_is_there(), reason="this transfor
 
 
 def bench_of(size: str) -> Bench:
-    bench = Bench(size, torch.bfloat16, "cpu", Plan(), print)
+    bench = Bench(size, None, torch.bfloat16, "cpu", Plan(), print)
 
     class Shape:
         config = config_of(size)
@@ -109,9 +109,18 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_the_limit_is_measured_around_each_run(monkeypatch):
     monkeypatch.setattr("benchmarks.measure.clock", lambda device, run: run())
-    allowed = iter((1.0, 3.0, 5.0))
-    figures = interleaved("cpu", {"a": lambda: 4.0, "b": lambda: 8.0}, 1, limit=lambda: next(allowed))
-    assert sorted(figures[name].limits for name in "ab") == [(2.0,), (4.0,)]
+    allowed, order = iter((1.0, 3.0, 5.0, 1.0, 2.0, 6.0)), []
+
+    def run(name: str) -> float:
+        order.append(name)
+        return {"a": 4.0, "b": 8.0}[name]
+
+    runs = {name: lambda name=name: run(name) for name in "ab"}
+    figures = interleaved("cpu", runs, 2, limit=lambda: next(allowed))
+    expected = {"a": (), "b": ()}
+    for name, limit in zip(order[2:], (2.0, 4.0, 1.5, 4.0)):  # the first turn is the warm-up
+        expected[name] += (limit,)
+    assert {name: figure.limits for name, figure in figures.items()} == expected
     figure = Figure((4.0, 4.0), (4.0, 1.0))
     assert figure.of_limit == (1.0 + 0.25) / 2
     assert figure.row()["limit"] == 2.5 and Figure((1.0,)).of_limit is None
