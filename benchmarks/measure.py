@@ -86,7 +86,7 @@ def interleaved(
     """Times the runs in turn, `rounds` times after one warm-up.
 
     The order within a round is drawn anew, from a fixed seed: what a run leaves behind in the allocator and the caches
-    is then nobody's advantage. With turns in one cyclic order, the ratio of two prefills was off by a tenth.
+    is then nobody's advantage.
 
     Args:
         device: "cpu" or "cuda".
