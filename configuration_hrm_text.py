@@ -83,7 +83,7 @@ class HrmTextConfig(PreTrainedConfig):
     """
 
     model_type = "hrm_text"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = tensor_parallel_plan()
 
     def __init__(

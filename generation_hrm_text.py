@@ -20,16 +20,17 @@ from transformers.utils import logging
 from .blocks_hrm_text import find_sequences, infer_token_type_ids
 from .cache_hrm_text import HrmTextCache
 from .layout_hrm_text import CacheRecord, refuse_split_envelope, warn_types_are_ignored
-from .versions_hrm_text import VersionedGenerationMixin, cached_length, static_capacity
+from .versions_hrm_text import (
+    CACHE_NAME,
+    NO_CONTINUOUS_BATCHING,
+    VersionedGenerationMixin,
+    cached_length,
+    one_cache,
+    static_capacity,
+)
 
 
 logger = logging.get_logger(__name__)
-
-_NO_CONTINUOUS_BATCHING = (
-    "HRM-Text has no continuous batching: its scheduler cuts prompts anywhere and its paged attention is causal, so "
-    "prefix blocks would be read wrongly. Call `model.generate(...)` on a batch padded on the left instead (a server: "
-    "start it without continuous batching)."
-)
 
 
 class HrmTextGenerationMixin(VersionedGenerationMixin):
@@ -44,10 +45,10 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             inputs: token ids [batch, prompt]; `input_ids=` or `inputs_embeds=` serve as well.
             token_type_ids: int [batch, prompt], 1 inside prefix blocks. None means that the blocks are inferred
                 where `config.prefix_end_token_id` is set.
-            past_key_values: a cache that holds the beginning of the conversation. `input_ids` are then the whole
-                conversation (an `attention_mask` is as long, or absent), or only what follows (an `attention_mask`
-                covers cache and input; without one, ids no longer than the cache are taken so).
-                `token_type_ids` may cover the conversation or only what is new.
+            past_key_values: a cache that holds the beginning of the conversation; `cache` is another name for it.
+                `input_ids` are then the whole conversation (an `attention_mask` is as long, or absent), or only what
+                follows (an `attention_mask` covers cache and input; without one, ids no longer than the cache are
+                taken so). `token_type_ids` may cover the conversation or only what is new.
             args, kwargs: everything else that transformers' `generate` takes.
 
         Returns:
@@ -58,6 +59,9 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                 whole input already or has too few positions, a mode that cannot be served (the message says what to
                 use instead).
         """
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         self._take_out_layout(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
@@ -81,7 +85,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                 kwargs["prompt_token_types"] = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             return
         batch, given = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         past = int(cached_length(cache))
         whole = _holds_whole_conversation(given, past, kwargs.get("attention_mask"))
         if embeds is not None and not whole:
@@ -139,19 +143,21 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         prompt_token_types: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of one forward call, with explicit `token_type_ids` [batch, new tokens]."""
-        kwargs = self.prepare_step(input_ids, past_key_values, prompt_token_types, inputs_embeds, kwargs)
+        cache = one_cache(past_key_values, cache)
+        kwargs = self.prepare_step(input_ids, cache, prompt_token_types, inputs_embeds, kwargs)
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
         if prompt_token_types is None:
             return model_inputs
         new = model_inputs.get("inputs_embeds")
         new = model_inputs["input_ids"] if new is None else new
         rows, count = new.shape[:2]
-        start = self._first_new_position(count, past_key_values, kwargs)
+        start = self._first_new_position(count, cache, kwargs)
         end, prompt = start + count, prompt_token_types.shape[1]
         if start >= prompt:
             types = torch.zeros(rows, count, dtype=torch.long, device=new.device)
@@ -178,14 +184,14 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        attention_mask: torch.Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+        attention_mask: torch.Tensor | None = None, past_key_values: Any = None, cache: Any = None, **kwargs: Any
     ) -> torch.Tensor | None:
         """The 2-D mask as it is: our forward builds its own mask, and needs the layout for it.
 
         With a static cache it is padded to the capacity, so that its shape, and with it the compiled graph, is the
         same at every step.
         """
-        capacity = static_capacity(past_key_values)
+        capacity = static_capacity(one_cache(past_key_values, cache))
         if attention_mask is None or attention_mask.ndim != 2 or capacity is None:
             return attention_mask
         return F.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])))
@@ -195,15 +201,15 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         # "dynamic_full" is how assistants ask for a cache without sliding windows; ours has none. Transformers 5.0
         # makes no cache by default and leaves it to the model, which is too late for chunks.
         default = getattr(generation_config, "cache_implementation", None) in (None, "dynamic_full")
         wanted = generation_config.use_cache is not False and (cache is None or type(cache) is DynamicCache)
         if given is None and default and wanted:
-            model_kwargs["past_key_values"] = HrmTextCache(config=self.config)
+            model_kwargs[CACHE_NAME] = HrmTextCache(config=self.config)
         capacity = static_capacity(cache)
         if capacity is None or generation_config.max_length is None:
             return
@@ -232,7 +238,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         Returns:
             How many tokens are left for the last chunk, at least one.
         """
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE_NAME]
         start, new = int(cached_length(cache)), tokens.shape[1]
         total = start + new
         types = model_kwargs.get("prompt_token_types")
@@ -246,7 +252,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
         cuts = choose_cuts(types, mask, start, total, chunk_size)
         for begin, end in zip([start, *cuts], cuts):
-            call = {name: tokens[:, begin - start : end - start], "past_key_values": cache, "use_cache": True}
+            call = {name: tokens[:, begin - start : end - start], CACHE_NAME: cache, "use_cache": True}
             if types is not None:
                 call["token_type_ids"] = types[:, begin:end]
             if mask is not None:
@@ -299,25 +305,25 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `generate`."""
-        raise ValueError(_NO_CONTINUOUS_BATCHING)
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `generate`."""
-        raise ValueError(_NO_CONTINUOUS_BATCHING)
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: see `generate`."""
-        raise ValueError(_NO_CONTINUOUS_BATCHING)
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 def refuse_paged_call(arguments: dict[str, Any]) -> None:
     """Refuses a forward call by the continuous batching of transformers, given the arguments that forward names not.
 
     Raises:
-        ValueError: a paged cache is among them.
+        ValueError: they say where a paged cache is read and written.
     """
-    if arguments.get("cache") is not None or arguments.get("read_index") is not None:
-        raise ValueError(_NO_CONTINUOUS_BATCHING)
+    if arguments.get("read_index") is not None or arguments.get("write_index") is not None:
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 def choose_cuts(

@@ -29,7 +29,7 @@ from .operations_hrm_text import norm  # noqa: F401
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .timing_hrm_text import least_seconds  # noqa: F401
-from .versions_hrm_text import PreTrainedConfig  # noqa: F401
+from .versions_hrm_text import CACHE_NAME, one_cache
 
 
 class _ReadsWholeText:
@@ -53,6 +53,7 @@ class _ReadsWholeText:
         use_cache: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
         """
@@ -74,13 +75,13 @@ class _ReadsWholeText:
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
 

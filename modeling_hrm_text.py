@@ -29,7 +29,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
@@ -49,7 +48,7 @@ from .operations_hrm_text import norm, rotary_tables, split_and_rotate, swiglu
 from .packed_hrm_text import PackedLinear  # noqa: F401
 from .single_query_hrm_text import single_query_attention  # noqa: F401
 from .timing_hrm_text import least_seconds  # noqa: F401
-from .versions_hrm_text import static_capacity, tied_weights_keys
+from .versions_hrm_text import CACHE_NAME, CausalLMOutput, ModelOutput, one_cache, static_capacity, tied_weights_keys
 
 
 logger = logging.get_logger(__name__)
@@ -239,7 +238,7 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HrmTextDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_sdpa = True
@@ -350,15 +349,16 @@ class HrmTextModel(HrmTextPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         trusted_layout: bool = False,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """
         Args:
             input_ids: [batch, tokens], or `inputs_embeds` instead.
             attention_mask: [batch, cached + tokens], 0 at padding; or a whole 4-D mask [batch, 1, tokens, keys] (bool,
                 or added to the scores), which decides alone.
             position_ids: [batch or 1, tokens]; where they restart, a new packed sequence begins.
-            past_key_values: a live cache.
+            past_key_values: a live cache; `cache` is another name for it.
             token_type_ids: [batch, tokens], 1 for tokens of a prefix block. None infers the blocks where
                 `config.prefix_end_token_id` is set; all zeros is plain causal.
             inputs_embeds: [batch, tokens, hidden], before scaling.
@@ -372,6 +372,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
             ValueError: arguments that do not fit, or a prefix block that would be split over two calls.
         """
         refuse_paged_call(kwargs)
+        past_key_values = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -420,9 +421,9 @@ class HrmTextModel(HrmTextPreTrainedModel):
         )
         if recorder is not None and output_hidden_states:
             recorder.note_hidden_state(z_H)
-        return BaseModelOutputWithPast(
+        return ModelOutput(
+            **{CACHE_NAME: past_key_values if use_cache else None},
             last_hidden_state=z_H,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(recorder.hidden_states) if output_hidden_states else None,
             attentions=tuple(recorder.attentions) if output_attentions else None,
         )
@@ -516,8 +517,9 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         trusted_layout: bool = False,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """
         Args:
             labels: [batch, tokens], -100 where nothing is asked; token i is compared with the logits of token i - 1,
@@ -526,12 +528,13 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
 
         The other arguments are those of `HrmTextModel.forward`.
         """
+        refuse_paged_call(kwargs)
+        past_key_values = one_cache(past_key_values, cache)
         if self._decoder is not None and labels is None and not (output_attentions or output_hidden_states):
             step = (input_ids, attention_mask, position_ids, past_key_values, trusted_layout)
             logits = self._decoder.step(self, *step)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        refuse_paged_call(kwargs)
+                return CausalLMOutput(**{CACHE_NAME: past_key_values}, logits=logits)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -551,10 +554,10 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, **kwargs)
-        return CausalLMOutputWithPast(
+        return CausalLMOutput(
+            **{CACHE_NAME: outputs.cache},
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import transformers
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 
-OLDEST, NEWEST = "4.57.6", "5.23.0"
+OLDEST, NEWEST = "4.57.6", "5.24.0"
+NEWEST_TORCH = "2.15"
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -61,6 +63,65 @@ except ImportError:  # transformers 4 spells it with a small t, and its rotary f
         @rope_scaling.setter
         def rope_scaling(self, value: dict[str, Any] | None) -> None:
             self.rope_parameters = {"rope_theta": self.rope_theta, "rope_type": "default", **(value or {})}
+
+
+# Releases from 5.24 on call the cache of a call and of its output `cache`, earlier ones `past_key_values`.
+CACHE_NAME = "cache" if _release(transformers.__version__) >= (5, 24) else "past_key_values"
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache of a call that may give it under either name, on every version.
+
+    Raises:
+        ValueError: two different caches, a cache of continuous batching, or something that is no cache.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            "`past_key_values` and `cache` are two names of one argument, and two different caches were given: give "
+            "one of them."
+        )
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        if is_paged_cache(cache):
+            raise ValueError(NO_CONTINUOUS_BATCHING)
+        if not hasattr(cache, "get_seq_length") or not hasattr(cache, "update"):
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}: give a cache of transformers (`DynamicCache`, `StaticCache`, "
+                "...) or the one that an earlier call returned."
+            )
+    return cache
+
+
+NO_CONTINUOUS_BATCHING = (
+    "HRM-Text has no continuous batching: its scheduler cuts prompts anywhere and its paged attention is causal, so "
+    "prefix blocks would be read wrongly. Call `model.generate(...)` on a batch padded on the left instead (a server: "
+    "start it without continuous batching)."
+)
+
+
+def is_paged_cache(cache: Any) -> bool:
+    """Whether the object is the paged cache of continuous batching; a lookalike under the same name is not."""
+    paged = sys.modules.get("transformers.generation.continuous_batching.cache")
+    return paged is not None and isinstance(cache, paged.PagedAttentionCache)
+
+
+if CACHE_NAME == "cache":
+    ModelOutput, CausalLMOutput = BaseModelOutputWithPast, CausalLMOutputWithPast
+else:
+
+    class ModelOutput(BaseModelOutputWithPast):
+        """The library's output, whose cache can be read under the newer name too, as 5.24 reads the older one."""
+
+        @property
+        def cache(self) -> Any:
+            return self.past_key_values
+
+    class CausalLMOutput(CausalLMOutputWithPast):
+        """The library's output, whose cache can be read under the newer name too, as 5.24 reads the older one."""
+
+        @property
+        def cache(self) -> Any:
+            return self.past_key_values
 
 
 def is_version_5() -> bool:
@@ -202,7 +263,7 @@ class VersionedGenerationMixin(GenerationMixin):
     def prepare_step(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any,
+        cache: Any,
         prompt_token_types: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         kwargs: dict[str, Any],
@@ -213,7 +274,7 @@ class VersionedGenerationMixin(GenerationMixin):
         if position_ids is not None:
             kwargs["position_ids"] = _extended_positions(position_ids, input_ids.shape[1] - position_ids.shape[1])
         if (
-            past_key_values is not None
+            cache is not None
             and inputs_embeds is None
             and kwargs.get("is_first_iteration")
             and "next_sequence_length" in kwargs
@@ -222,7 +283,7 @@ class VersionedGenerationMixin(GenerationMixin):
             # Assisted decoding gives no length on its first call, and would feed what the cache holds a second time.
             known = (prompt_token_types, kwargs.get("attention_mask"), kwargs.get("position_ids"))
             if all(value is None or value.shape[1] <= input_ids.shape[1] for value in known):
-                past = int(cached_length(past_key_values))
+                past = int(cached_length(cache))
                 kwargs["next_sequence_length"] = input_ids.shape[1] - past if past else None
         return kwargs
 
@@ -241,7 +302,7 @@ class VersionedGenerationMixin(GenerationMixin):
     def _get_initial_cache_position(
         self, seq_length: int, device: Any, model_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         past = int(cached_length(cache))
         if (
             past
@@ -256,7 +317,7 @@ class VersionedGenerationMixin(GenerationMixin):
     def _prefill_chunking(
         self, input_ids: torch.Tensor, generation_config: Any, **model_kwargs: Any
     ) -> dict[str, Any]:
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get(CACHE_NAME) is None:
             return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
         cache_position = model_kwargs["cache_position"]
         tokens = input_ids if model_kwargs.get("inputs_embeds") is None else model_kwargs["inputs_embeds"]
@@ -269,7 +330,7 @@ class VersionedGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        cache, chunk_size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
+        cache, chunk_size = model_kwargs.get(CACHE_NAME), generation_config.prefill_chunk_size
         if chunk_size is None or cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         embeds, past = model_kwargs.get("inputs_embeds"), int(cached_length(cache))
@@ -299,14 +360,20 @@ def _extended_positions(position_ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 __all__ = [
+    "CACHE_NAME",
+    "NO_CONTINUOUS_BATCHING",
+    "CausalLMOutput",
     "FusedLoadingMixin",
+    "ModelOutput",
     "PreTrainedConfig",
     "as_expected_tokenizer_class",
     "cached_length",
     "check_version",
     "flash_kernel",
     "is_flash",
+    "is_paged_cache",
     "is_version_5",
+    "one_cache",
     "refuse_tensor_parallelism",
     "static_capacity",
     "tensor_parallel_plan",

@@ -57,8 +57,8 @@ def test_wrong_tokens_are_seen(model):
 def test_page(tmp_path):
     pytest.importorskip("transformers.models.hrm_text", reason="this transformers has no HRM-Text of its own")
     page = tmp_path / "modes.md"
-    assert main(["--only", "packed, one block each", "--output", str(page)]) == 0
-    assert "| packed, one block each | same | **other logits**" in page.read_text()
+    assert main(["--only", "block + response + block", "--output", str(page)]) == 0
+    assert "| block + response + block | same | **other logits**" in page.read_text()
     assert main(["--only", "one new token", "--output", str(page)]) == 0
     assert "| one new token | same | same |" in page.read_text()
 

@@ -49,7 +49,7 @@ def test_too_old_is_refused(installed):
         check_version(installed)
 
 
-@pytest.mark.parametrize("installed", ["4.57.6", "5.0.0", "5.9.0", "5.22.2", "5.23.0", "5.23.7"])
+@pytest.mark.parametrize("installed", ["4.57.6", "5.0.0", "5.9.0", "5.23.0", "5.24.0", "5.24.7"])
 def test_what_was_tested_is_silent(installed, caplog):
     with caplog.at_level(logging.WARNING):
         check_version(installed)
@@ -62,7 +62,7 @@ def test_too_new_is_named_once(caplog, monkeypatch):
         for _ in range(3):
             check_version("6.1.0.dev0")
     assert len(caplog.records) == 1
-    assert "6.1.0.dev0" in caplog.text and "4.57.6 to 5.23.0" in caplog.text
+    assert "6.1.0.dev0" in caplog.text and "4.57.6 to 5.24.0" in caplog.text
 
 
 def test_this_version_is_one_of_those_promised():
@@ -77,7 +77,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(("version", "said"), [("4.56.2", "refused"), ("5.99.0", "warned"), ("5.23.4", "nothing")])
+@pytest.mark.parametrize(("version", "said"), [("4.56.2", "refused"), ("5.99.0", "warned"), ("5.24.4", "nothing")])
 def test_what_a_user_of_another_release_is_told(version, said):
     done = run_python(
         "import sys, transformers\n"
@@ -125,7 +125,10 @@ with warnings.catch_warnings(record=True) as caught:
     model.generate(**one, **few, prompt_lookup_num_tokens=2)
     model.generate(**one, **few, assistant_model=model)
     turn = model.generate(**one, **few, return_dict_in_generate=True)
-    model.generate(turn.sequences, past_key_values=turn.past_key_values, **few)
+    live = turn["cache"] if "cache" in turn else turn.past_key_values
+    model.generate(turn.sequences, past_key_values=live, **few)
+    model(turn.sequences[:, -1:], past_key_values=live)
+    model(turn.sequences[:, -1:], cache=live)
     model(**prompt, output_hidden_states=True, output_attentions=True)
     for implementation in ("eager", "sdpa", "flex_attention"):
         model.set_attn_implementation(implementation)
