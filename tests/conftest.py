@@ -6,6 +6,8 @@ import tempfile
 import pytest
 import torch
 
+from .time_limit import pytest_addoption, pytest_configure, pytest_runtest_protocol, pytest_unconfigure  # noqa: F401
+
 
 # transformers and the packages below it read these when they are imported, which the tests do after this file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

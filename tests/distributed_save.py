@@ -23,7 +23,7 @@ def save_sharded(state: dict, folder: Path, ranks: int) -> None:
         torch.save(state, Path(scratch) / "state.pt")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, scratch, str(folder), str(ranks)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -38,6 +38,11 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
+    def publish(self, name: str, files: dict[str, bytes]) -> None:
+        """Puts a public repository there, as if it had been pushed."""
+        self.repositories[name] = Repository(private=False)
+        self.repositories[name].branches["main"] = dict(files)
+
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self

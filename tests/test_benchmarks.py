@@ -173,7 +173,12 @@ def test_wrong_arguments_are_refused(arguments, named, capsys):
 
 def test_help_names_examples():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compare", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.compare", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert "python -m benchmarks.compare --quick" in done.stdout
     assert "exit status" in done.stdout

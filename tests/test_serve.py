@@ -87,7 +87,7 @@ def address(folder, tmp_path_factory):
 def client(address):
     import openai
 
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
 
 
 def ask(client, folder, messages, stream=False, **arguments):
