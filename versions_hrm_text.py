@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"
-NEWEST_TORCH = "2.15"
+OLDEST_TORCH, NEWEST_TORCH = "2.8", "2.15"
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -45,7 +45,21 @@ def check_version(installed: str) -> None:
         )
 
 
+def check_torch(installed: str) -> None:
+    """Refuses a torch that is too old: one compiled layer cannot serve all slots of a static cache before 2.8.
+
+    Raises:
+        ImportError: older than the oldest supported release.
+    """
+    if _release(installed) < _release(OLDEST_TORCH):
+        raise ImportError(
+            f"HRM-Text needs torch {OLDEST_TORCH} or newer and {installed} is installed: "
+            f"`pip install --upgrade 'torch>={OLDEST_TORCH}'`."
+        )
+
+
 check_version(transformers.__version__)
+check_torch(torch.__version__)
 
 try:
     from transformers import PreTrainedConfig
@@ -97,6 +111,16 @@ NO_CONTINUOUS_BATCHING = (
     "prefix blocks would be read wrongly. Call `model.generate(...)` on a batch padded on the left instead (a server: "
     "start it without continuous batching)."
 )
+
+
+def refuse_paged_call(arguments: dict[str, Any]) -> None:
+    """Refuses a forward call by the continuous batching of transformers, given the arguments that forward names not.
+
+    Raises:
+        ValueError: they say where a paged cache is read and written.
+    """
+    if arguments.get("read_index") is not None or arguments.get("write_index") is not None:
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 def is_paged_cache(cache: Any) -> bool:
@@ -256,6 +280,14 @@ class VersionedGenerationMixin(GenerationMixin):
                     setattr(prepared[0], name, value)
         return prepared
 
+    @staticmethod
+    def known_length(model_kwargs: dict[str, Any]) -> int:
+        """Length of the conversation as far as the arguments of `generate` tell, cached tokens included."""
+        known = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
+        prompt = model_kwargs.get("prompt_layout")
+        known.append(None if prompt is None else prompt.types)
+        return max((value.shape[1] for value in known if value is not None), default=0)
+
     def prefill_leading_chunks(self, tokens: torch.Tensor, model_kwargs: dict[str, Any], chunk_size: int) -> int:
         """Runs all chunks of the prompt but the last into the cache; returns how many tokens the last one has."""
         raise NotImplementedError
@@ -264,7 +296,7 @@ class VersionedGenerationMixin(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         cache: Any,
-        prompt_token_types: torch.Tensor | None,
+        prompt_length: int,
         inputs_embeds: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
@@ -279,12 +311,11 @@ class VersionedGenerationMixin(GenerationMixin):
             and kwargs.get("is_first_iteration")
             and "next_sequence_length" in kwargs
             and kwargs["next_sequence_length"] is None
+            and prompt_length <= input_ids.shape[1]
         ):
             # Assisted decoding gives no length on its first call, and would feed what the cache holds a second time.
-            known = (prompt_token_types, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-            if all(value is None or value.shape[1] <= input_ids.shape[1] for value in known):
-                past = int(cached_length(cache))
-                kwargs["next_sequence_length"] = input_ids.shape[1] - past if past else None
+            past = int(cached_length(cache))
+            kwargs["next_sequence_length"] = input_ids.shape[1] - past if past else None
         return kwargs
 
     def _update_model_kwargs_for_generation(
@@ -334,9 +365,7 @@ class VersionedGenerationMixin(GenerationMixin):
         if chunk_size is None or cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         embeds, past = model_kwargs.get("inputs_embeds"), int(cached_length(cache))
-        known = [model_kwargs.get(name) for name in ("prompt_token_types", "attention_mask", "position_ids")]
-        total = max((value.shape[1] for value in known if value is not None), default=0)
-        whole = embeds is not None or total <= input_ids.shape[1]
+        whole = embeds is not None or self.known_length(model_kwargs) <= input_ids.shape[1]
         tokens = input_ids if embeds is None else embeds
         left = self.prefill_leading_chunks(tokens[:, past:] if whole else tokens, model_kwargs, chunk_size)
         unchunked = copy.copy(generation_config)
@@ -368,12 +397,14 @@ __all__ = [
     "PreTrainedConfig",
     "as_expected_tokenizer_class",
     "cached_length",
+    "check_torch",
     "check_version",
     "flash_kernel",
     "is_flash",
     "is_paged_cache",
     "is_version_5",
     "one_cache",
+    "refuse_paged_call",
     "refuse_tensor_parallelism",
     "static_capacity",
     "tensor_parallel_plan",
