@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+VLLM_VENV ?= .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 QUESTION ?= What is 48 + 27?
 
@@ -10,7 +12,7 @@ QUESTION ?= What is 48 + 27?
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(PY) -m pytest
 
-.PHONY: help run test test-slow test-transformers test-matrix lint format bench clean
+.PHONY: help run test test-slow test-transformers test-matrix test-newest test-mutation test-vllm lint format bench clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,8 +45,27 @@ test-transformers: $(VENV)/.test  ## transformers' own model tests on our classe
 	$(TEST_ENV) $(PY) -m tests.transformers_suite $(SUITE_OPTIONS) $(if $(TRANSFORMERS_SRC),--transformers-src $(TRANSFORMERS_SRC))
 	$(TEST_ENV) $(PY) -m tests.transformers_suite.tokenizer $(if $(TRANSFORMERS_SRC),--transformers-src $(TRANSFORMERS_SRC))
 
-test-matrix: $(VENV)/.test  ## the core tests on every supported transformers (VERSIONS="4.57.6 5.23.0" for some)
+test-matrix: $(VENV)/.test  ## the core tests on every supported transformers, torch, Python (VERSIONS="4.57.6 5.24.0/2.15.0" for some)
 	$(TEST_ENV) $(PY) -m tests.matrix $(VERSIONS)
+
+test-newest: $(VENV)/.test  ## the core tests on the newest transformers and torch, where they are newer than constraints.txt
+	$(TEST_ENV) $(PY) -m tests.matrix.newest
+
+test-mutation: $(VENV)/.test  ## plant defects in the core, one at a time, and list those that no test tells
+	$(TEST_ENV) $(PY) -m tests.mutation
+
+# vLLM for processors, in an environment of its own: 2 minutes and 3.5 GB. The builds of torchvision, torchaudio,
+# torchcodec and triton that it asks for do not import beside a torch for processors, and are not needed.
+$(VLLM_VENV)/.vllm: serving/pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --constraint serving/constraints.txt torch
+	$(VLLM_PY) -m pip install --quiet --disable-pip-version-check --constraint serving/constraints.txt \
+	    --editable "serving[cpu,test]"
+	$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.vllm  ## the vLLM plug-in on a real vLLM
+	$(TEST_ENV) $(VLLM_PY) -m pytest serving/tests
 
 lint: $(VENV)/.test  ## ruff
 	$(PY) -m ruff check .
@@ -57,5 +78,5 @@ format: $(VENV)/.test  ## ruff, mending
 bench: $(VENV)/.test  ## time us beside transformers' own class, two minutes
 	$(PY) -m benchmarks.compare --quick
 
-clean:  ## remove the environment
-	rm -rf $(VENV)
+clean:  ## remove the environments
+	rm -rf $(VENV) $(VLLM_VENV)
