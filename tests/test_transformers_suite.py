@@ -118,7 +118,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 def run(folder: Path, code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -149,14 +149,26 @@ def test_a_checkout_brings_its_own(tmp_path):
         {
             "test_modeling_common.py": "from .generation.test_utils import GenerationTesterMixin\n",
             "generation/__init__.py": "",
-            "generation/test_utils.py": "class GenerationTesterMixin:\n    real = True\n",
+            # `tests` is ours when they run, and `utils` beside it is no part of the tests.
+            "generation/test_utils.py": "from tests.exporters.test_export import Export\n"
+            "import tests.exporters.test_export as same\n"
+            "class GenerationTesterMixin(Export):\n    real = same.Export is Export\n",
+            "exporters/__init__.py": "",
+            "exporters/test_export.py": "tests = 1\nclass Export: pass\n",
+            "utils/__init__.py": "",
+            "utils/test_configuration_utils.py": "import sys\nfrom pathlib import Path\n"
+            "sys.path.append(str(Path(__file__).parent.parent.parent / 'utils'))\nfrom test_module import there\n",
             "utils/tiny_model_summary.json": "{}",
         },
     )
+    with pytest.raises(FileNotFoundError, match="`utils`"):
+        checkout_tests(tmp_path / "checkout")
+    write(tmp_path / "checkout" / "utils", {"test_module/__init__.py": "there = 'found'\n"})
     tests = checkout_tests(tmp_path / "checkout")
     assert assemble(tests, tmp_path / "out") == []
-    code = f"from {PACKAGE}.test_modeling_common import GenerationTesterMixin as g; print(g.real)"
-    assert run(tmp_path / "out", code) == "True"
+    code = f"import {PACKAGE}.utils.test_configuration_utils as u\n"
+    code += f"from {PACKAGE}.test_modeling_common import GenerationTesterMixin as g; print(g.real, u.there)"
+    assert run(tmp_path / "out", code) == "True found"
 
 
 def test_a_folder_without_the_tests_is_refused(tmp_path):

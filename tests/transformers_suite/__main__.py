@@ -17,14 +17,15 @@ from tqdm import tqdm
 from tests.transformers_suite.process import run_tests, stop_all
 from tests.transformers_suite.report import FAILED, Outcome, render, succeeded
 from tests.transformers_suite.source import assemble, checkout_tests, default_cache, fetch_tests
-from tests.transformers_suite.testers import DEFAULT_VARIANTS, LIBRARY, OURS, ROOT, VARIANTS
+from tests.transformers_suite.testers import CAUSAL_LM, DEFAULT_VARIANTS, LIBRARY, OURS, ROOT, VARIANTS
 
 
 EPILOG = """examples:
   python -m tests.transformers_suite
       ours and the library's class, four variants, on the tests of the installed version's source distribution
   python -m tests.transformers_suite --transformers-src ~/src/transformers
-      the same on a checkout, which adds the generation and export tests
+      the same on a checkout, which adds the generation and export tests, and the library's test case for its own
+      class as one more variant, "causal-lm"
   python -m tests.transformers_suite --baseline-variants half-0.1
       the library's class in one variant, which ours is held against in the others too: a third less work
   python -m tests.transformers_suite --only ours --variants half-0.1 --slow -k compile
@@ -118,7 +119,7 @@ def run_case(
         options += ["-c", str(settings), "--rootdir", str(ROOT), "--confcutdir", scratch]
         keyword = keyword or args.keyword
         options += ["-k", keyword] if keyword else []
-        cases = str(Path(__file__).parent / "cases.py")
+        cases = str(Path(__file__).with_name("causal_lm_cases.py" if variant == CAUSAL_LM else "cases.py"))
         try:
             return run_tests([*options, cases], args.test_timeout, environment)
         except RuntimeError as error:
@@ -140,7 +141,7 @@ def run_all(
     package_home: Path, pool: ThreadPoolExecutor, implementations: list[str], args: argparse.Namespace
 ) -> dict:
     """variant -> implementation -> test -> outcome."""
-    measured = args.baseline_variants or args.variants
+    measured = [*(args.baseline_variants or args.variants), CAUSAL_LM]
     runs = [(v, name) for v in args.variants for name in implementations if name == OURS or v in measured]
     waiting = {run: pool.submit(run_case, package_home, run[1], run[0], args) for run in runs}
     results: dict = {variant: {} for variant in args.variants}
@@ -164,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.transformers_src:
             tests = checkout_tests(args.transformers_src)
+            if (tests / "models" / "hrm_text" / "test_modeling_hrm_text.py").is_file():
+                args.variants = [*args.variants, CAUSAL_LM]
         else:
             tests = fetch_tests(transformers.__version__, args.cache)
         with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(args.jobs) as pool:

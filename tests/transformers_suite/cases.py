@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import os
-import sys
 import unittest
-from types import ModuleType
 from unittest import mock
 
 import torch
@@ -21,7 +18,8 @@ import transformers.utils
 from transformers.testing_utils import slow
 
 from tests.transformers_suite import distributed
-from tests.transformers_suite.testers import LIBRARY, OURS, HrmTextTester, load_classes, selected
+from tests.transformers_suite.overrides import admit_our_heads, our_overrides
+from tests.transformers_suite.testers import OURS, HrmTextTester, half_as_asked, load_classes, selected
 
 
 # Some mixins import transformers from the source tree beside their folder; here it is the installed package.
@@ -35,10 +33,7 @@ from transformers_tests.test_modeling_common import (  # noqa: E402
 )
 
 
-if os.environ.get("HRM_TEXT_SUITE_FLOAT32"):
-    # Every use of half precision in the tests goes through these names.
-    torch.bfloat16 = torch.float16 = torch.half = torch.float32
-
+half_as_asked()
 IMPLEMENTATION, VARIANT = selected()
 CLASSES = load_classes(IMPLEMENTATION)
 IS_OURS = IMPLEMENTATION == OURS
@@ -52,29 +47,13 @@ def _mixin(module: str, name: str) -> type:
         return type(f"No{name}", (), {})
 
 
-def _home(model_class: type, base: str) -> ModuleType:
-    """The module that defines the class named `base` among the bases of `model_class`."""
-    return sys.modules[next(entry for entry in model_class.__mro__ if entry.__name__ == base).__module__]
-
-
-def _admit_our_heads() -> None:
-    """Adds our classes to the lists of names by which the mixins choose labels; the library lists its own."""
-    auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    for mapping, name in (
-        ("MODEL_MAPPING_NAMES", "HrmTextModel"),
-        ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "HrmTextForCausalLM"),
-        ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "HrmTextForSequenceClassification"),
-        ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "HrmTextForTokenClassification"),
-    ):
-        getattr(auto, mapping).setdefault("hrm_text", name)
-
-
 if IS_OURS:
-    _admit_our_heads()
+    admit_our_heads()
     distributed.lift_model_gate()
 
 
 class HrmTextSuite(
+    our_overrides(ModelTesterMixin, _mixin("test_tensor_parallel_mixin", "TensorParallelTesterMixin")),
     _mixin("test_memory_cleanup_mixin", "MemoryCleanupMixin"),
     ModelTesterMixin,
     GenerationTesterMixin,
@@ -216,73 +195,8 @@ class HrmTextSuite(
         with mock.patch.object(type(self), "_torch_compile_train_cls", staticmethod(build)):
             inspect.unwrap(ModelTesterMixin.test_torch_compile_for_training)(self)
 
-    if IS_OURS:
-
-        def test_load_with_mismatched_shapes(self):
-            # Changed: the auto classes are ours, since the library's do not find remote code in a folder without it.
-            ours = {"AutoModelForSequenceClassification": CLASSES.sequence_classification, "AutoModel": CLASSES.base}
-            with mock.patch.multiple(sys.modules[ids_tensor.__module__], **ours):
-                super().test_load_with_mismatched_shapes()
-
-        @contextlib.contextmanager
-        def _loading_without_stacks(self):
-            """Lets a checkpoint without a single tensor of the stacks load, which ours refuses."""
-            with contextlib.ExitStack() as stack:
-                # The heads and the network come from two copies of the remote code.
-                for home in {_home(model_class, "LoadingMixin") for model_class in self.all_model_classes}:
-                    stack.enter_context(mock.patch.object(home, "_refuse_partial_stacks", lambda source, info: None))
-                yield
-
-        def test_model_weights_reload_no_missing_tied_weights(self):
-            # Changed: the test loads a file without a tensor of the model.
-            with self._loading_without_stacks():
-                super().test_model_weights_reload_no_missing_tied_weights()
-
-        def test_can_init_all_missing_weights(self):
-            # Changed: the test loads an empty state dict.
-            with self._loading_without_stacks():
-                super().test_can_init_all_missing_weights()
-
-        @contextlib.contextmanager
-        def _conversions_of_the_library(self):
-            """Hands the tests what the library's class converts, since ours converts nothing and would skip."""
-            library = load_classes(LIBRARY)
-            if library.base is None:
-                self.skipTest("this version has no HRM-Text of its own, hence no conversions")
-            common = sys.modules[ids_tensor.__module__]
-            mapping = common.get_model_conversion_mapping(
-                library.base(HrmTextTester(library, VARIANT).get_config()), add_legacy=False
-            )
-            with mock.patch.object(common, "get_model_conversion_mapping", lambda model, **kwargs: mapping):
-                yield
-
-        def test_reverse_loading_mapping(self):
-            # Changed: the names that are saved are those of the model itself. They must still be what the library's
-            # class converts from, and come out the same however the model was made.
-            with self._conversions_of_the_library():
-                super().test_reverse_loading_mapping(check_keys_were_modified=False)
-
-        def test_can_load_from_already_mapped_keys(self):
-            # Changed: it runs although there is nothing to convert; `save_original_format` must not matter.
-            with self._conversions_of_the_library():
-                super().test_can_load_from_already_mapped_keys()
-
-        def test_tp_backward(self):
-            # Changed: the reference gradient of gqkv_proj is cut into four packed parts, not two or one.
-            with distributed.four_part_reference_gradients():
-                super().test_tp_backward()
-
 
 # A version of transformers that lacks a test has nothing to override.
-for _name in (
-    "test_can_init_all_missing_weights",
-    "test_can_load_from_already_mapped_keys",
-    "test_load_with_mismatched_shapes",
-    "test_model_weights_reload_no_missing_tied_weights",
-    "test_retain_grad_hidden_states_attentions",
-    "test_reverse_loading_mapping",
-    "test_torch_compile_for_training",
-    "test_tp_backward",
-):
-    if _name in vars(HrmTextSuite) and not hasattr(super(HrmTextSuite, HrmTextSuite), _name):
+for _name in ("test_retain_grad_hidden_states_attentions", "test_torch_compile_for_training"):
+    if not hasattr(super(HrmTextSuite, HrmTextSuite), _name):
         delattr(HrmTextSuite, _name)

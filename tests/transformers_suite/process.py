@@ -31,6 +31,8 @@ sys.exit(pytest.main(sys.argv[3:], plugins=[Collector(sys.argv[1], float(sys.arg
 """
 
 
+# To import torch and the mixins, and to collect the tests.
+STARTING_SECONDS = 600
 _running: set[subprocess.Popen] = set()
 _stopping = threading.Event()
 
@@ -104,6 +106,24 @@ def _end_session(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _wait(process: subprocess.Popen, outcomes: Path, seconds: float) -> int:
+    """Waits for the process as long as it writes outcomes; returns its exit code.
+
+    The watchdog in the process sees to its tests; this one sees to what comes before and after them.
+
+    Raises:
+        RuntimeError: it wrote nothing for so many seconds.
+    """
+    written = -1
+    while True:
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            before, written = written, outcomes.stat().st_size if outcomes.is_file() else 0
+            if written == before:
+                raise RuntimeError(f"pytest stood still for {seconds:.0f} s outside of its tests") from None
+
+
 def stop_all() -> None:
     """Ends every run of `run_tests` in this process; each raises a RuntimeError in its thread."""
     _stopping.set()
@@ -137,7 +157,7 @@ def run_tests(
                 )
             _running.add(process)
             try:
-                code = process.wait()
+                code = _wait(process, path, limit + STARTING_SECONDS)
             finally:
                 _running.discard(process)
                 _end_session(process)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 # The mixins refer to one another with relative imports, so they need a package; `tests` itself is ours.
 PACKAGE = "transformers_tests"
+_IMPORTS_TESTS = re.compile(r"^(\s*(?:from|import) )tests(?=[. ])", re.MULTILINE)
 STANDINS = Path(__file__).parent / "standins"
 
 
@@ -111,6 +113,12 @@ def checkout_tests(checkout: Path) -> Path:
     """
     for candidate in (checkout / "tests", checkout):
         if (candidate / "test_modeling_common.py").is_file():
+            if (candidate / "utils" / "test_configuration_utils.py").is_file() and not (
+                candidate.parent / "utils"
+            ).is_dir():
+                raise FileNotFoundError(
+                    f"{candidate} wants the folder `utils` of the repository beside it: give it whole"
+                )
             return candidate
     raise FileNotFoundError(
         f"{checkout} is no checkout of the transformers repository: tests/test_modeling_common.py is not in it"
@@ -134,20 +142,40 @@ def _standin_text(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _place(source: Path, target: Path) -> None:
+    """Links a file, or those of a folder; one that imports `tests` by name is copied, and imports the package."""
+    if source.is_dir():
+        target.mkdir()
+        for entry in sorted(source.iterdir()):
+            if entry.name not in ("__pycache__", "conftest.py"):
+                _place(entry, target / entry.name)
+        return
+    if source.suffix == ".py":
+        text = source.read_text(encoding="utf-8")
+        renamed = _IMPORTS_TESTS.sub(rf"\1{PACKAGE}", text)
+        if renamed != text:
+            target.write_text(renamed, encoding="utf-8")
+            return
+    target.symlink_to(source.resolve())
+
+
 def assemble(tests: Path, destination: Path) -> list[Standin]:
     """Makes an importable package `transformers_tests` in `destination` out of a `tests` folder.
 
-    The files are linked, not copied; what they import and the folder lacks is filled with stand-ins.
+    The files are linked, not copied, unless they import `tests` by that name, which here is ours; what they import and
+    the folder lacks is filled with stand-ins. `utils`, which in a checkout lies beside `tests`, lies beside the
+    package.
 
     Returns:
         The stand-ins, for the report.
     """
     package = destination / PACKAGE
-    package.mkdir(parents=True)
-    for entry in sorted(tests.iterdir()):
-        if entry.name not in ("__init__.py", "__pycache__", "conftest.py"):
-            (package / entry.name).symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
+    destination.mkdir(parents=True, exist_ok=True)
+    _place(tests, package)
+    (package / "__init__.py").unlink(missing_ok=True)
     (package / "__init__.py").touch()
+    if (tests.parent / "utils").is_dir():
+        (destination / "utils").symlink_to((tests.parent / "utils").resolve(), target_is_directory=True)
 
     wanted: dict[str, list[str]] = {}
     for path in sorted(tests.glob("test_*.py")):
@@ -164,7 +192,7 @@ def assemble(tests: Path, destination: Path) -> list[Standin]:
         folder = package
         for part in parts[:-1]:
             folder = folder / part
-            if folder.is_symlink():
+            if (tests / folder.relative_to(package)).is_dir():
                 raise RuntimeError(f"{tests / part} exists but lacks {module}: mix of two versions of transformers?")
             folder.mkdir(exist_ok=True)
             (folder / "__init__.py").touch()

@@ -49,6 +49,8 @@ VARIANTS = {
 }
 
 
+# The library's test case for its own class, in its own layout and sizes; only a checkout holds it.
+CAUSAL_LM = "causal-lm"
 # Three layouts, and once more where masks matter; the other two are there to look closer.
 DEFAULT_VARIANTS = ("causal", "prefix", "half", "half-0.1")
 
@@ -69,13 +71,21 @@ def load_classes(implementation: str) -> SimpleNamespace:
         return SimpleNamespace(**{role: getattr(transformers, name, None) for role, name in names.items()})
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    homes = {"config": "configuration_hrm_text", "base": "modeling_hrm_text", "causal_lm": "modeling_hrm_text"}
     return SimpleNamespace(
         **{
-            role: get_class_from_dynamic_module(f"{homes.get(role, 'heads_hrm_text')}.{name}", str(ROOT))
+            role: get_class_from_dynamic_module(
+                f"{'configuration' if role == 'config' else 'modeling'}_hrm_text.{name}", str(ROOT)
+            )
             for role, name in names.items()
         }
     )
+
+
+def half_as_asked() -> None:
+    """Puts float32 in the place of half precision where the runner asks for it."""
+    if os.environ.get("HRM_TEXT_SUITE_FLOAT32"):
+        # Every use of half precision in the tests goes through these names.
+        torch.bfloat16 = torch.float16 = torch.half = torch.float32
 
 
 class HrmTextTester:
@@ -149,4 +159,6 @@ class HrmTextTester:
 
 def selected() -> tuple[str, Variant]:
     """The implementation and the variant that this process was started for."""
-    return os.environ["HRM_TEXT_SUITE_IMPLEMENTATION"], VARIANTS[os.environ["HRM_TEXT_SUITE_VARIANT"]]
+    # The conversions of the library's class, which the test case of a checkout asks for, are the same in each.
+    name = os.environ["HRM_TEXT_SUITE_VARIANT"]
+    return os.environ["HRM_TEXT_SUITE_IMPLEMENTATION"], VARIANTS["causal" if name == CAUSAL_LM else name]
