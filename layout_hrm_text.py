@@ -1,37 +1,89 @@
-"""What the new tokens of a forward pass are: blocks, sequences, padding, and what came before them in the cache."""
+"""What tokens are: sequences, prefix blocks, envelopes, and where a prompt may be cut; rules over whole rows.
+
+The words are these. A *sequence* ends where the position of a real token is not above that of the real token before
+it. A *prefix block* is a maximal run of real tokens with type 1 or 2 within one sequence; type 2 opens a new block
+even directly behind another one. Inside a block attention is bidirectional, everything else is causal. An *envelope*
+is a span of ids that opens and closes a prompt; where no types are given, each closed envelope is a block.
+
+One rule, one place: all of it is a function of the facts of a whole row, cached tokens first. What a call must know of
+the past is derived, never remembered: past and new tokens are two slices of one row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers.utils import logging
-
-from .blocks_hrm_text import find_blocks, find_sequences, infer_token_types
-from .versions_hrm_text import cached_length
-
-
-logger = logging.get_logger(__name__)
+import torch.nn.functional as F
 
 
 @dataclass
 class TokenLayout:
-    """What the new tokens of one forward pass are, all tensors of shape [batch or 1, new tokens].
+    """What the tokens of a row are, for one forward pass. Keys are the cached tokens and then the new ones.
 
     Attributes:
-        past: number of cached positions before the first new token; a 0-d tensor where reading it would stall.
-        real: False at padding, or None where every token is real.
-        sequence: index of the token's sequence, 0 for the one that the cache holds; None where there is no border.
-        block: index of the token's prefix block, -1 for causal tokens; None where every token is causal.
-        past_visible: [batch, past or key length], which cached positions are real and of sequence 0; None where all.
+        past: number of cached positions before the first new token; a 0-d tensor where it lies on the device.
+        count: number of new tokens.
+        position_ids: int64 [batch or 1, count].
+        real: bool [batch, keys], False at padding; None where every token is real.
+        sequence: [batch, keys], index of the token's sequence; None where the row is one.
+        block: [batch, keys], number of the token's prefix block, -1 for causal tokens; None where none is new.
+        lead: where known, how many leading new tokens are one block in every row, with causal tokens behind them.
+        sees_all: whether every real new token is known to see every real key.
     """
 
     past: int | torch.Tensor
+    count: int
+    position_ids: torch.Tensor
     real: torch.Tensor | None = None
     sequence: torch.Tensor | None = None
     block: torch.Tensor | None = None
-    past_visible: torch.Tensor | None = None
+    lead: int | None = None
+    sees_all: bool = False
+
+
+@dataclass
+class StepLayout:
+    """Says of a call of `generate` that its tokens were generated: real, causal, of the sequence that is cached.
+
+    Attributes:
+        padded: whether the prompt holds padding.
+    """
+
+    padded: bool
+
+
+@dataclass
+class PromptLayout:
+    """The types of a prompt, as `generate` hands them from call to call.
+
+    Attributes:
+        types: int64 [batch, prompt], 0, 1 or 2; cached tokens first.
+        stated: whether they were given rather than inferred.
+        padded: whether the prompt holds padding.
+    """
+
+    types: torch.Tensor
+    stated: bool
+    padded: bool
+
+    def widened(self, count: int) -> PromptLayout:
+        """The types of `count` tokens of which these are the last: virtual tokens of an adapter open the prompt."""
+        more = count - self.types.shape[1]
+        if more <= 0:
+            return self
+        first = (self.types > 0).long().argmax(dim=1, keepdim=True)
+        opened = self.types.scatter(1, first, self.types.gather(1, first).clamp(max=1))
+        virtual = (self.types > 0).any(dim=1, keepdim=True).long().expand(-1, more)
+        return PromptLayout(torch.cat([virtual, opened], dim=1), self.stated, self.padded)
+
+    def part(self, start: int, count: int, rows: int) -> PromptLayout:
+        """The types of `count` tokens from `start` on, of `rows` rows: beams repeat each row of the prompt."""
+        types = F.pad(self.types, (0, max(0, start + count - self.types.shape[1])))[:, start : start + count]
+        types = types.repeat_interleave(rows // types.shape[0], dim=0)
+        # Always of one stride, on which compiled graphs depend.
+        return PromptLayout(types.clone(memory_format=torch.contiguous_format), self.stated, self.padded)
 
 
 def values_are_readable() -> bool:
@@ -41,372 +93,239 @@ def values_are_readable() -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-# ---- what a live cache remembers -----------------------------------------------------------------------------------
+# ---- rules over whole rows ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class CacheRecord:
-    """What the next call on a cache must know of the last one; kept on the cache, and void when it no longer fits.
-
-    Attributes:
-        length, rows: size of the cache that the record speaks of.
-        ends_in_block: bool [rows], whether the last real token was of a prefix block.
-        ends_in_envelope: bool [rows], whether an inferred envelope was opened and not yet closed.
-        last_position: int64 [rows], position of the last real token.
-        sequence_start: int64 [rows], where the last sequence of a packed row begins in the cache.
-    """
-
-    length: int
-    rows: int
-    ends_in_block: torch.Tensor
-    ends_in_envelope: torch.Tensor
-    last_position: torch.Tensor
-    sequence_start: torch.Tensor
-
-    @classmethod
-    def of(cls, cache: Any, length: int, rows: int) -> CacheRecord | None:
-        """The record of the cache, or None where there is none or the cache was cropped, reset or re-used since."""
-        record = getattr(cache, "_hrm_text_record", None)
-        return record if record is not None and (record.length, record.rows) == (length, rows) else None
-
-    @staticmethod
-    def settle(cache: Any, length: int, rows: int) -> None:
-        """Replaces the record after a call that is known to leave nothing open."""
-        cache._hrm_text_record = None
-        cache._hrm_text_settled = (length, rows)
-
-    @classmethod
-    def is_current(cls, cache: Any, length: int, rows: int) -> bool:
-        """Whether the last call left a cache of this size, so that what it held has not been cropped or replaced."""
-        settled = getattr(cache, "_hrm_text_settled", None) == (length, rows)
-        return settled or cls.of(cache, length, rows) is not None
+def last_true(condition: torch.Tensor) -> torch.Tensor:
+    """Index of the last True at or before each token, -1 where there is none; bool [batch, n] -> int64 [batch, n]."""
+    # A running maximum, written so that every exporter knows it.
+    index = torch.arange(condition.shape[1], device=condition.device).expand_as(condition)
+    rank = condition.long().cumsum(dim=1)
+    table = torch.full_like(F.pad(rank, (1, 0)), -1)
+    table = table.scatter(1, torch.where(condition, rank, 0), torch.where(condition, index, -1))
+    return table.gather(1, rank)
 
 
-def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return values.gather(1, index.clamp(min=0)[:, None])[:, 0]
+def next_true(condition: torch.Tensor) -> torch.Tensor:
+    """Index of the first True at or after each token, n where there is none; bool [batch, n] -> int64 [batch, n]."""
+    return condition.shape[1] - 1 - last_true(condition.flip(1)).flip(1)
 
 
-# ---- from the arguments of a call to a layout -----------------------------------------------------------------------
+def _before(index: torch.Tensor) -> torch.Tensor:
+    """What a running index said at the token before; -1 at the first."""
+    return F.pad(index[:, :-1], (1, 0), value=-1)
 
 
-def read_layout(
-    config: Any,
-    batch: int,
-    queries: int,
-    device: torch.device,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    token_type_ids: torch.Tensor | None = None,
-    cache: Any = None,
-    cache_position: torch.Tensor | None = None,
-    trusted: bool = False,
-) -> tuple[TokenLayout, torch.Tensor]:
-    """Reads the layout of a call's new tokens, checks it, and notes on the cache what the next call must know.
+def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The values [batch or 1, n] at an index [batch, m] of each row; an index outside reads the nearest value."""
+    return values.expand(index.shape[0], -1).gather(1, index.clamp(min=0, max=values.shape[1] - 1))
+
+
+def find_sequences(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Numbers the packed sequences of each row.
 
     Args:
-        config: the model's config.
-        batch, queries: shape of the new tokens.
-        device: where they are.
-        input_ids: [batch, queries], None where embeddings were given.
-        attention_mask: [batch, cached + queries], 0 at padding.
-        position_ids: [batch or 1, queries]; None derives them from the cache's length and the padding.
-        token_type_ids: [batch, queries], 1 for tokens of a prefix block; None infers them where the config says how.
-        cache: the live cache, or None.
-        cache_position: [queries], indices of the new tokens in the cache, where the caller has them.
-        trusted: the caller (`generate`) has checked the layout of the whole prompt: no value is read that need not
-            be, nothing is inferred, and the row is one sequence.
+        position_ids: [batch, tokens].
+        real: [batch, tokens], False at padding; None where every token is real.
 
     Returns:
-        The layout, and position_ids [batch or 1, queries].
-
-    Raises:
-        ValueError: shapes or types that do not fit, or a block that would be split over two calls.
+        [batch, tokens], 0 for the first sequence of a row, rising by one at each border. Padding belongs to the
+        sequence before it.
     """
-    readable = values_are_readable()
-    past = cached_length(cache)
-    if cache_position is not None and isinstance(past, torch.Tensor):
-        past = cache_position[0]
-    if isinstance(past, torch.Tensor) and readable and (queries > 1 or past.device.type == "cpu"):
-        past = int(past)
-    exact = readable and isinstance(past, int)
-    record = CacheRecord.of(cache, past, batch) if exact and past and not trusted else None
-
-    real, past_visible, mask = _read_padding(attention_mask, past, batch, queries, readable, trusted)
-    given_positions = position_ids is not None
-    if given_positions:
-        position_ids = _check_positions(position_ids, batch, queries)
-    else:
-        position_ids = _derive_positions(mask, past, queries, device)
-    if record is not None and not given_positions:
-        position_ids = _continue_positions(position_ids, record, real)
-    _warn_beyond_context(config, position_ids, past, given_positions or mask is not None, queries, readable)
-
-    sequence = None
-    if given_positions and not trusted:
-        sequence = _read_sequences(position_ids, real, record, batch, queries, readable)
-    if record is not None and bool((record.sequence_start > 0).any()):
-        inside = torch.arange(past, device=device) >= record.sequence_start[:, None]
-        past_visible = inside if past_visible is None else past_visible & inside
-
-    types, open_types = _read_types(config, input_ids, token_type_ids, batch, queries, real, sequence, record, trusted)
-    if record is not None and types is not None:
-        _refuse_split_block(types, real, sequence, record)
-    block = None
-    if types is not None and not (readable and queries == 1) and (not readable or bool(types.any())):
-        block = find_blocks(types, real, sequence)
-
-    layout = TokenLayout(past, real, sequence, block, past_visible)
-    if cache is not None and exact:
-        if trusted and queries == 1:
-            CacheRecord.settle(cache, past + queries, batch)
-        else:
-            cache._hrm_text_record = _next_record(layout, record, batch, queries, position_ids, types, open_types)
-    return layout, position_ids
-
-
-def _read_padding(
-    attention_mask: torch.Tensor | None,
-    past: int | torch.Tensor,
-    batch: int,
-    queries: int,
-    readable: bool,
-    trusted: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Splits a mask into `real` and `past_visible` (see TokenLayout), and returns it; None where nothing pads."""
-    if attention_mask is None:
-        return None, None, None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(
-            f"`attention_mask` has the shape {tuple(attention_mask.shape)}: give [{batch}, cached + new tokens] with "
-            "0 at padding, or a whole 4-D mask [batch, 1, new tokens, cached + new tokens] without `token_type_ids`."
-        )
-    mask = attention_mask != 0
-    if isinstance(past, torch.Tensor):
-        index = (past + torch.arange(queries, device=mask.device)).clamp(max=mask.shape[1] - 1)
-        return mask.index_select(1, index), mask, mask
-    if mask.shape[1] < past + queries:
-        raise ValueError(
-            f"`attention_mask` covers {mask.shape[1]} positions and there are {past} cached and {queries} new tokens: "
-            "give one entry for each of them, the cached ones too."
-        )
-    mask = mask[:, : past + queries]
-    if readable and bool(mask.all()):
-        return None, None, None
-    real, past_visible = mask[:, past:], mask[:, :past] if past else None
-    if readable and not trusted:
-        real = None if bool(real.all()) else real
-    return real, past_visible, mask
-
-
-def _check_positions(position_ids: torch.Tensor, batch: int, queries: int) -> torch.Tensor:
-    if position_ids.dim() == 1:
-        position_ids = position_ids[None]
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != queries:
-        raise ValueError(
-            f"`position_ids` has the shape {tuple(position_ids.shape)} and there are {queries} new tokens in {batch} "
-            "rows: give one position for each new token."
-        )
-    return position_ids
-
-
-def _derive_positions(
-    mask: torch.Tensor | None, past: int | torch.Tensor, queries: int, device: torch.device
-) -> torch.Tensor:
-    """Counts real tokens, so that padding on either side shifts nothing."""
-    index = torch.arange(queries, device=device) + past
-    if mask is None:
-        return index[None]
-    counted = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return counted.index_select(1, index.clamp(max=mask.shape[1] - 1))
-
-
-def _continue_positions(position_ids: torch.Tensor, record: CacheRecord, real: torch.Tensor | None) -> torch.Tensor:
-    """Derived positions that go on from the last cached one, which differs from the cache's length in packed rows."""
     if real is None:
-        steps = torch.arange(position_ids.shape[1], device=position_ids.device)[None]
+        border = F.pad(position_ids[:, 1:] <= position_ids[:, :-1], (1, 0), value=False)
     else:
-        steps = (real.cumsum(dim=1) - 1).clamp(min=0)
-    return record.last_position[:, None] + 1 + steps
+        previous = _before(last_true(real))
+        position_ids = position_ids.expand_as(real)
+        border = real & (previous >= 0) & (position_ids <= at(position_ids, previous))
+    return border.long().cumsum(dim=1)
 
 
-def _warn_beyond_context(
-    config: Any, position_ids: torch.Tensor, past: int | torch.Tensor, given: bool, queries: int, readable: bool
-) -> None:
-    if not readable or isinstance(past, torch.Tensor) or (given and queries == 1):
-        return
-    last = int(position_ids.max()) if given else past + queries - 1
-    if last >= config.max_position_embeddings:
-        logger.warning_once(
-            f"position {last} lies beyond `max_position_embeddings` ({config.max_position_embeddings}): the model was "
-            "not trained there and its answers will be worse. Shorten the input."
-        )
-
-
-def _read_sequences(
-    position_ids: torch.Tensor,
-    real: torch.Tensor | None,
-    record: CacheRecord | None,
-    batch: int,
-    queries: int,
-    readable: bool,
-) -> torch.Tensor | None:
-    sequence = None
-    if queries > 1:
-        sequence = find_sequences(position_ids, real)
-    if record is not None:
-        rows = position_ids.expand(batch, -1)
-        first = rows[:, 0] if real is None else _at(rows, real.long().argmax(dim=1))
-        restarts = first <= record.last_position
-        if bool(restarts.any()):
-            sequence = 0 if sequence is None else sequence
-            return (sequence + restarts.long()[:, None]).expand(batch, queries)
-    if sequence is None or (readable and not bool((sequence > 0).any())):
-        return None
-    return sequence
-
-
-def _read_types(
-    config: Any,
-    input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    batch: int,
-    queries: int,
-    real: torch.Tensor | None,
-    sequence: torch.Tensor | None,
-    record: CacheRecord | None,
-    trusted: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """bool [batch, queries]: which tokens are of a block, and which of an envelope that is still open; or None."""
-    if token_type_ids is not None:
-        if tuple(token_type_ids.shape) != (batch, queries):
-            raise ValueError(
-                f"`token_type_ids` has the shape {tuple(token_type_ids.shape)} and the new tokens "
-                f"[{batch}, {queries}]: give one type for each new token, and none for cached ones."
-            )
-        if token_type_ids.is_floating_point() or token_type_ids.is_complex():
-            raise ValueError(
-                f"`token_type_ids` is of {token_type_ids.dtype}: give integers, 1 for tokens of a prefix block."
-            )
-        if not config.prefix_lm:
-            warn_types_are_ignored()
-            return None, None
-        return token_type_ids == 1, None
-    if trusted or not config.prefix_lm or config.prefix_end_token_id is None or input_ids is None:
-        return None, None
-    bos, end = config.bos_token_id, config.prefix_end_token_id
-    closed, still_open = infer_token_types(input_ids, bos, end, real, sequence)
-    refuse_split_envelope(input_ids, end, real, sequence, record)
-    return closed, still_open
-
-
-def warn_types_are_ignored() -> None:
-    """Says once that a model without PrefixLM has no use for types."""
-    logger.warning_once(
-        "`token_type_ids` were given and are ignored, because `config.prefix_lm` is False: the model reads everything "
-        "causally."
-    )
-
-
-def refuse_split_envelope(
-    input_ids: torch.Tensor,
-    prefix_end_token_id: int,
-    real: torch.Tensor | None,
-    sequence: torch.Tensor | None,
-    record: CacheRecord | None,
-) -> None:
-    """Refuses new tokens that close an envelope of the cache, whose first part was read causally.
+def find_blocks(types: torch.Tensor, real: torch.Tensor | None, sequence: torch.Tensor | None) -> torch.Tensor:
+    """Numbers the prefix blocks of each row.
 
     Args:
-        input_ids: the new tokens, [batch, tokens].
-        prefix_end_token_id: closes an envelope.
+        types: int [batch, tokens]: 1 in a block, 2 where a block opens, anything else for causal tokens.
         real: [batch, tokens], False at padding; None where every token is real.
         sequence: as of `find_sequences`, or None.
-        record: of the cache, or None.
+
+    Returns:
+        [batch, tokens], -1 for causal tokens and padding, otherwise the number of the block.
     """
-    if record is None or not bool(record.ends_in_envelope.any()):
-        return
-    ends = input_ids == prefix_end_token_id
+    inside = (types == 1) | (types == 2)
     if real is not None:
-        ends = ends & (real != 0)
+        inside = inside & real
+    previous = _before(last_true(torch.ones_like(inside) if real is None else real))
+    inherits = (types == 1) & (previous >= 0) & (at(inside.long(), previous) == 1)
     if sequence is not None:
-        ends = ends & (sequence == 0)
-    if bool((ends.any(dim=1) & record.ends_in_envelope).any()):
-        raise ValueError(
-            "this call closes a prompt envelope that an earlier call on the same cache opened, and its first part was "
-            "read causally: pass the whole envelope in one call, or `token_type_ids` of zeros to read it causally "
-            "throughout."
-        )
+        sequence = sequence.expand_as(inside)
+        inherits = inherits & (at(sequence, previous) == sequence)
+    return torch.where(inside, (inside & ~inherits).long().cumsum(dim=1) - 1, -1)
 
 
-def _refuse_split_block(
-    types: torch.Tensor, real: torch.Tensor | None, sequence: torch.Tensor | None, record: CacheRecord
-) -> None:
-    first = torch.zeros(types.shape[0], dtype=torch.int64, device=types.device)
-    continues = record.ends_in_block
+def _run_starts(
+    ids: torch.Tensor, run: Sequence[int], following: torch.Tensor, sequence: torch.Tensor
+) -> torch.Tensor:
+    """bool [batch, tokens]: where a run of ids begins that no border breaks; padding in between does not count.
+
+    Args:
+        following: index of the next real token, n where there is none.
+    """
+    found, index = ids == run[0], following
+    for token in run[1:]:
+        found = found & (index < ids.shape[1]) & (at(ids, index) == token) & (at(sequence, index) == sequence)
+        index = torch.where(index < ids.shape[1], at(following, index), ids.shape[1])
+    return found
+
+
+def infer_token_types(
+    ids: torch.Tensor,
+    prefix_start: Sequence[int],
+    prefix_end: Sequence[int],
+    real: torch.Tensor | None = None,
+    sequence: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Finds the envelopes of each row: spans from an opening run of ids to the end of the next closing run.
+
+    An opening run inside an envelope that is still open is part of its text. Reads no values, so that it can be
+    compiled and captured.
+
+    Args:
+        ids: [batch, tokens]; -1 is no id.
+        prefix_start, prefix_end: the ids that open and close a span, each in order. The config sees to it that they
+            cannot overlap.
+        real: [batch, tokens], False at padding; None where every token is real.
+        sequence: as of `find_sequences`; a span never crosses a border.
+
+    Returns:
+        Types int64 [batch, tokens]: 1 in a closed envelope, 2 on its first token where it stands directly behind
+        another one, 0 elsewhere; and bool [batch, tokens], the tokens of an envelope that is still open.
+    """
+    length = ids.shape[1]
     if real is not None:
-        first = real.long().argmax(dim=1)
-        continues = continues & real.any(dim=1)
+        ids = torch.where(real, ids, -1)
+    present = torch.ones_like(ids, dtype=torch.bool) if real is None else real.expand_as(ids)
+    previous = _before(last_true(present))
+    following = length - 1 - _before(last_true(present.flip(1))).flip(1)
+    whole = torch.zeros_like(ids) if sequence is None else sequence.expand_as(ids)
+    opens = _run_starts(ids, prefix_start, following, whole)
+    ends = _run_starts(ids.flip(1), prefix_end[::-1], length - 1 - previous.flip(1), whole.flip(1)).flip(1)
+
+    fresh = F.pad(ends[:, :-1], (1, 0), value=True)
     if sequence is not None:
-        continues = continues & (_at(sequence.expand_as(types), first) == 0)
-    if bool((continues & _at(types, first)).any()):
-        raise ValueError(
-            "this call would extend a prefix block that is already in the cache, whose tokens could not see the new "
-            "ones: pass the whole block in one call, or crop the cache to the block's start first."
-        )
+        sequence = sequence.expand_as(ids)
+        fresh = fresh | F.pad(sequence[:, 1:] != sequence[:, :-1], (1, 0), value=False)
+    opened = opens.long().cumsum(dim=1)
+    before = at(opened - opens.long(), last_true(fresh))
+    inside = (opened > before) & present
+    end = next_true(ends)
+    closed = inside & (end < length)
+    meets = (previous >= 0) & at(ends.long(), previous).bool()
+    if sequence is not None:
+        closed = closed & (at(sequence, end) == sequence)
+        meets = meets & (at(sequence, previous) == sequence)
+    behind = closed & opens & (opened == before + 1) & meets & at(closed.long(), previous).bool()
+    return closed.long() + behind.long(), inside & ~closed
 
 
-def _next_record(
-    layout: TokenLayout,
-    record: CacheRecord | None,
-    batch: int,
-    queries: int,
-    position_ids: torch.Tensor,
-    types: torch.Tensor | None,
-    open_types: torch.Tensor | None,
-) -> CacheRecord:
-    device = position_ids.device
-    index = torch.arange(queries, device=device)
-    real = layout.real
-    last = index[-1:].expand(batch) if real is None else torch.where(real, index, -1).amax(dim=1)
-    some = last >= 0
+def infer_token_type_ids(
+    input_ids: torch.Tensor,
+    prefix_start: int | Sequence[int],
+    prefix_end: int | Sequence[int],
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The `token_type_ids` that the model infers from prompts, int64 [batch, tokens]: see `infer_token_types`.
 
-    def at_last(values: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor:
-        now = torch.zeros(batch, dtype=torch.bool, device=device)
-        if values is not None:
-            now = _at(values.expand(batch, queries), last)
-        if before is None:
-            return now & some if now.dtype == torch.bool else torch.where(some, now, -1)
-        return torch.where(some, now, before)
+    Args:
+        input_ids: [batch, tokens].
+        prefix_start, prefix_end: the id, or the ids in order, that open and close an envelope.
+        attention_mask: [batch, tokens], 0 at padding.
+    """
+    runs = [[ids] if isinstance(ids, int) else list(ids) for ids in (prefix_start, prefix_end)]
+    return infer_token_types(input_ids, *runs, None if attention_mask is None else attention_mask != 0)[0]
 
-    still_open = at_last(open_types, None if record is None else record.ends_in_envelope)
-    if record is not None and open_types is not None:
-        # Without a new border or a closing token, an envelope that was open before still is.
-        unbroken = layout.sequence is None or (layout.sequence == 0).all(dim=1)
-        still_open = still_open | (record.ends_in_envelope & unbroken)
-    start = torch.zeros(batch, dtype=torch.int64, device=device) if record is None else record.sequence_start
-    if layout.sequence is not None:
-        sequence = layout.sequence.expand(batch, -1)
-        final = _at(sequence, last)
-        mine = (sequence == final[:, None]) & (sequence > 0)
-        if real is not None:
-            mine = mine & real
-        start = torch.where(mine.any(dim=1), layout.past + mine.long().argmax(dim=1), start)
-    return CacheRecord(
-        length=layout.past + queries,
-        rows=batch,
-        ends_in_block=at_last(types, None if record is None else record.ends_in_block),
-        ends_in_envelope=still_open,
-        last_position=at_last(position_ids, None if record is None else record.last_position),
-        sequence_start=start,
-    )
+
+def recognise_embeddings(
+    embeddings: torch.Tensor, vectors: dict[int, torch.Tensor], vocabulary: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which embeddings are those of certain tokens, and which of the leading ones are of no token.
+
+    Args:
+        embeddings: [batch, tokens, hidden].
+        vectors: id -> [hidden].
+        vocabulary: [vocab, hidden].
+
+    Returns:
+        ids int64 [batch, tokens], -1 where none of these; and bool [batch, tokens], True before the first of them
+        where the vector is not in the vocabulary, as an adapter's virtual tokens are.
+    """
+    ids = torch.full(embeddings.shape[:2], -1, dtype=torch.int64, device=embeddings.device)
+    for token, vector in vectors.items():
+        ids = torch.where((embeddings == vector).all(dim=-1), token, ids)
+    leading = (ids < 0).long().cumprod(dim=1).bool()
+    # A few elements tell vectors apart, and keep the comparison with a whole vocabulary small.
+    few = slice(0, min(8, embeddings.shape[-1]))
+    width = int(leading.sum(dim=1).amax()) if bool((ids >= 0).any()) else 0
+    known = (embeddings[:, :width, None, few] == vocabulary[None, None, :, few]).all(dim=-1).any(dim=-1)
+    return ids, leading & ~F.pad(known, (0, ids.shape[1] - width), value=True)
+
+
+# ---- where a prompt may be cut --------------------------------------------------------------------------------------
+
+
+def choose_cuts(
+    types: torch.Tensor | None, mask: torch.Tensor | None, start: int, total: int, chunk_size: int
+) -> list[int]:
+    """Where a prompt may be cut into chunks: nowhere inside a prefix block of any row.
+
+    Args:
+        types: [batch, total], 1 and 2 inside prefix blocks; None where there is none.
+        mask: [batch, total], 0 at padding, or None. Padding does not end a block.
+        start: first position that is to be computed.
+        total: end of the prompt.
+        chunk_size: the wished number of tokens between two cuts, at least 1.
+
+    Returns:
+        Positions in rising order, each the first of a new chunk, all in start + 1 ... total - 1.
+
+    Raises:
+        ValueError: `chunk_size` below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"`prefill_chunk_size` is {chunk_size}: it must be at least 1.")
+    if types is None:
+        return list(range(start + chunk_size, total, chunk_size))
+    real = torch.ones_like(types, dtype=torch.bool) if mask is None else mask[:, :total].to(types.device) != 0
+    block = find_blocks(types, real, None)
+    # The blocks of the nearest real tokens on either side of a cut.
+    before, after = last_true(real)[:, :-1], next_true(real)[:, 1:]
+    left = torch.where(before >= 0, at(block, before), -1)
+    right = torch.where(after < total, at(block, after), -1)
+    splits = ((left >= 0) & (left == right)).any(dim=0)
+    allowed = [i + 1 for i, split in enumerate(splits.tolist()) if not split and i + 1 > start]
+    cuts, begin = [], start
+    while total - begin > chunk_size:
+        fitting = [cut for cut in allowed if begin < cut <= begin + chunk_size]
+        later = [cut for cut in allowed if cut > begin + chunk_size]
+        if not fitting and not later:
+            break
+        begin = fitting[-1] if fitting else later[0]
+        cuts.append(begin)
+    return cuts
 
 
 __all__ = [
-    "CacheRecord",
+    "PromptLayout",
+    "StepLayout",
     "TokenLayout",
-    "read_layout",
-    "refuse_split_envelope",
+    "at",
+    "choose_cuts",
+    "find_blocks",
+    "find_sequences",
+    "infer_token_type_ids",
+    "infer_token_types",
+    "last_true",
+    "next_true",
+    "recognise_embeddings",
     "values_are_readable",
-    "warn_types_are_ignored",
 ]
