@@ -1,7 +1,10 @@
-"""The cache of HRM-Text: one slot for each attention call, each growing in place."""
+"""The cache of HRM-Text: one slot for each attention call, growing in place, and the facts of each cached position."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,8 +49,9 @@ class GrowingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         value_states = key_states if value_states is None else value_states
-        self._key_storage = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
-        self._value_storage = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        with _normal_tensors():
+            self._key_storage = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+            self._value_storage = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self._length = 0
         self.is_initialized = True
 
@@ -85,23 +89,27 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized or (self._length == 0 and self._key_storage.device != key_states.device):
             self.lazy_initialization(key_states, value_states)
         length = self._length + key_states.shape[2]
-        if length <= self._key_storage.shape[2] or self._concatenates(key_states):
+        if self._concatenates(key_states):
+            return False
+        if length <= self._key_storage.shape[2] and _may_be_written(self._key_storage):
             return False
         self._grow(length)
         return True
 
     def _grow(self, length: int) -> None:
         capacity = length + min(_MOST_SLACK, max(_LEAST_SLACK, length // 4))
-        for name in ("_key_storage", "_value_storage"):
-            old = getattr(self, name)
-            new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
-            new[:, :, : self._length] = old[:, :, : self._length]
-            setattr(self, name, new)
+        with _normal_tensors():
+            for name in ("_key_storage", "_value_storage"):
+                old = getattr(self, name)
+                new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+                new[:, :, : self._length] = old[:, :, : self._length]
+                setattr(self, name, new)
 
     def _each_storage(self, change: Any) -> None:
         if self.is_initialized:
-            self._key_storage = change(self._key_storage)
-            self._value_storage = change(self._value_storage)
+            with _normal_tensors():
+                self._key_storage = change(self._key_storage)
+                self._value_storage = change(self._value_storage)
 
     def get_seq_length(self) -> int:
         """Number of positions held."""
@@ -136,12 +144,12 @@ class GrowingLayer(DynamicLayer):
 
 
 class HrmTextCache(DynamicCache):
-    """A DynamicCache with one in-place growing slot for each attention call of a forward pass.
+    """A DynamicCache with one in-place growing slot for each attention call of a forward pass, and a history.
 
     Args:
         config: the model's config, which says how many slots there are; None adds slots as they are written.
 
-    Where one slot needs room, all get it: storages that are made between the passing results of a long prompt's layers
+    When one slot needs room, all get it: storages that are made between the passing results of a long prompt's layers
     would keep the heap of a CPU from using the room of those again.
 
     A slot's storage is never longer than its content by more than a quarter (from 128 to 1024 positions), 32 positions
@@ -154,6 +162,11 @@ class HrmTextCache(DynamicCache):
         self.layer_class_to_replicate = GrowingLayer
         if config is not None:
             self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+
+    @property
+    def history(self) -> History | None:
+        """The facts of the cached positions; None before the first forward pass."""
+        return History.of(self)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -169,6 +182,35 @@ class HrmTextCache(DynamicCache):
         for layer in self.layers:
             layer.crop(max_length)
 
+    def reset(self) -> None:
+        """Empties all slots and the history."""
+        for layer in self.layers:
+            layer.reset()
+        History.forget(self)
+
+    def _select(self, rows: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder_cache(rows)
+        if self.history is not None:
+            self.history.select(rows)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Takes the rows `beam_idx`, history included."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` (numbers or a bool mask), history included."""
+        indices = torch.as_tensor(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype is torch.bool else indices.flatten())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times, history included."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+        if self.history is not None:
+            rows = torch.arange(self.history.rows, device=self.history.ids.device)
+            self.history.select(rows.repeat_interleave(repeats))
+
 
 class OneSlot:
     """One slot with the interface of a cache: the graph of a compiled layer then holds no slot number."""
@@ -183,4 +225,200 @@ class OneSlot:
         return self.layer.update(key_states, value_states, cache_kwargs)
 
 
-__all__ = ["GrowingLayer", "HrmTextCache", "OneSlot"]
+# ---- the history ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Facts:
+    """What is known of each token of some rows; every tensor is [rows, tokens].
+
+    Attributes:
+        ids: int64, -1 where embeddings were given.
+        types: int8, 1 in a prefix block, 2 where one opens, 0 for causal tokens.
+        stated: bool, whether the type was given (or the token generated) rather than inferred from the ids.
+        positions: int64.
+        real: bool, False at padding.
+    """
+
+    ids: torch.Tensor
+    types: torch.Tensor
+    stated: torch.Tensor
+    positions: torch.Tensor
+    real: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Facts:
+        """The facts with each tensor changed."""
+        return Facts(*(change(getattr(self, name)) for name in FACTS))
+
+
+FACTS = tuple(field.name for field in fields(Facts))
+# A few elements of a position's last key, by which the position is known again: they depend on all that it has read.
+_MARK_WIDTH = 4
+
+
+class History:
+    """The facts of every cached position, kept on a cache of any class; 35 bytes a token.
+
+    Nothing in it is a conclusion: what a call needs to know of the past is derived from these facts by the functions
+    of the layout room. Beyond the facts, each position has a mark, a few elements of its key in the last slot. Where
+    marks and keys differ, the cache was changed behind the history's back: rows are then found again by their marks.
+
+    Attributes:
+        length: number of cached positions; None after a compiled or captured step, which may not count in Python.
+        end: facts up to here, beyond `length`, are those of positions that were cropped away and not replaced.
+        unseen: so many positions at the beginning were written by others; their facts are only the plainest guess.
+        packed, padded, blocks: whether some row holds a border of sequences, padding, or a prefix block; None where
+            no value could be read that would have told.
+        is_plain: whether every position is known to be its index.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device):
+        with _normal_tensors():
+            dtypes = (torch.int64, torch.int8, torch.bool, torch.int64, torch.bool)
+            for name, dtype in zip(FACTS, dtypes):
+                setattr(self, name, torch.zeros(rows, capacity, dtype=dtype, device=device))
+            self.marks = torch.full((rows, capacity, _MARK_WIDTH), float("nan"), device=device)
+        self.length: int | None = 0
+        self.end = self.unseen = 0
+        self.packed: bool | None = False
+        self.padded: bool | None = False
+        self.blocks: bool | None = False
+        self.is_plain = True
+
+    @staticmethod
+    def of(cache: Any) -> History | None:
+        """The history of a cache, None where no forward pass of ours has written to it."""
+        return getattr(cache, "_hrm_text_history", None)
+
+    @staticmethod
+    def forget(cache: Any) -> None:
+        """Takes the history off a cache."""
+        cache._hrm_text_history = None
+
+    @property
+    def rows(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.ids.shape[1]
+
+    def facts(self, start: int, stop: int) -> Facts:
+        """The facts of the positions start ... stop - 1, as views."""
+        return Facts(*(getattr(self, name)[:, start:stop] for name in FACTS))
+
+    def append(self, new: Facts, start: int | torch.Tensor) -> None:
+        """Writes the facts of new positions, from `start` on; reads nothing from the device.
+
+        Args:
+            new: [rows or 1, new] each.
+            start: index of the first; a 0-d tensor where it lies on the device, as with a static cache while
+                compiling.
+        """
+        count = new.ids.shape[1]
+        if isinstance(start, torch.Tensor):
+            index = start + torch.arange(count, device=self.ids.device)
+            for name in FACTS:
+                target = getattr(self, name)
+                target.index_copy_(1, index, getattr(new, name).to(target.dtype).expand(self.rows, -1))
+            self.marks.index_fill_(1, index, float("nan"))
+            self.length = None
+            return
+        stop = start + count
+        self.unseen = min(self.unseen, start)
+        self._make_room(stop)
+        for name in FACTS:
+            getattr(self, name)[:, start:stop] = getattr(new, name)
+        self.marks[:, start:stop] = float("nan")
+        self.length = self.end = stop
+
+    def _make_room(self, length: int) -> None:
+        """Room for `length` positions, in tensors that may be written in every mode."""
+        room = self.capacity
+        if length > room:
+            room = length + min(_MOST_SLACK, max(_LEAST_SLACK, length // 4))
+        elif _may_be_written(self.ids):
+            return
+        with _normal_tensors():
+            for name in (*FACTS, "marks"):
+                old = getattr(self, name)
+                new = old.new_zeros(old.shape[0], room, *old.shape[2:])
+                new[:, : old.shape[1]] = old
+                setattr(self, name, new)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Takes the rows with these numbers, in this order."""
+        with _normal_tensors():
+            for name in (*FACTS, "marks"):
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+
+    def to(self, device: torch.device) -> None:
+        """Moves the facts to where the tokens are."""
+        if self.ids.device != device:
+            with _normal_tensors():
+                for name in (*FACTS, "marks"):
+                    setattr(self, name, getattr(self, name).to(device))
+
+    # ---- is it still this cache's? ------------------------------------------------------------------------------
+
+    def note_marks(self, cache: Any, start: int, stop: int) -> None:
+        """Notes the marks of positions that a forward pass has just written."""
+        marks = read_marks(cache, start, stop)
+        if marks is not None and marks.shape[0] == self.rows:
+            self.marks[:, start:stop] = marks.to(self.marks.device)
+
+    def deviates(self, cache: Any, rows: int, length: int) -> torch.Tensor | bool:
+        """Whether the cache holds other rows than those of which the history speaks; a bool [] on the device."""
+        if rows != self.rows:
+            return True
+        marks = read_marks(cache, 0, length)
+        if marks is None:
+            # Nothing tells whether the rows were moved, which matters where they differ.
+            known = [getattr(self, name)[:, :length] for name in ("types", "positions", "real")]
+            return torch.stack([(fact != fact[:1]).any() for fact in known]).any()
+        noted = self.marks[:, :length]
+        return ~((marks.to(noted.device) == noted) | noted.isnan()).all()
+
+    def find_rows(self, cache: Any, length: int) -> bool:
+        """Takes its rows in the order in which the cache holds them now; False where a row is none of them."""
+        marks = read_marks(cache, 0, length)
+        if marks is None:
+            return False
+        noted, marks = self.marks[:, :length], marks.to(self.marks.device)
+        same = ((marks[:, None] == noted[None]) | noted[None].isnan()).all(dim=(2, 3))
+        # A row without marks is like any other.
+        if bool(noted.isnan().all(dim=(1, 2)).any()) or not bool(same.any(dim=1).all()):
+            return False
+        self.select(same.long().argmax(dim=1))
+        return True
+
+
+def read_marks(cache: Any, start: int, stop: int) -> torch.Tensor | None:
+    """Marks [rows, stop - start, 4] of cached positions, float32; None where the keys cannot be read as they are."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[-1], "keys", None) if layers else None
+    # A quantized slot keeps its latest keys alone.
+    if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or keys.shape[2] < stop or hasattr(layers[-1], "nbits"):
+        return None
+    return keys[:, 0, start:stop, :_MARK_WIDTH].detach().float()
+
+
+@contextlib.contextmanager
+def _leave_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _normal_tensors() -> Any:
+    """Tensors made here may be written in every mode; those made in inference mode only there."""
+    inside = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return _leave_inference_mode() if inside else contextlib.nullcontext()
+
+
+def _may_be_written(tensor: torch.Tensor) -> bool:
+    """Whether this mode may write into the tensor: one made in inference mode is closed outside of it."""
+    return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
+__all__ = ["FACTS", "Facts", "GrowingLayer", "History", "HrmTextCache", "OneSlot", "read_marks"]

@@ -157,7 +157,7 @@ def test_generate_uses_our_cache_and_the_model_too():
 
 
 def test_slots_follow_the_loop():
-    """Each attention call writes the slot of DESIGN's formula: (h * (L_cycles + 1) + l) * n + layer."""
+    """Each attention call writes the slot of its place in the loop: (h * (L_cycles + 1) + l) * n + layer."""
     model = tiny_model(H_cycles=2, L_cycles=3)
     seen = []
 
