@@ -1,0 +1,650 @@
+"""From the arguments of a call and the history of its cache to a layout, and every refusal that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+from .cache_hrm_text import Facts, History
+from .layout_hrm_text import (
+    PromptLayout,
+    StepLayout,
+    TokenLayout,
+    at,
+    find_blocks,
+    find_sequences,
+    infer_token_types,
+    last_true,
+    next_true,
+    values_are_readable,
+)
+from .versions_hrm_text import cached_length, static_capacity
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Call:
+    """The arguments of a forward pass that say what its tokens are.
+
+    Attributes:
+        shape: rows and new tokens.
+        device: where they are.
+        input_ids: int64 [batch, count], None where embeddings were given.
+        attention_mask: [batch, cached + count], 0 at padding, or None.
+        position_ids: [batch or 1, count], or None.
+        token_type_ids: int [batch, count], or None.
+        cache: the live cache, or None.
+        cache_position: [count], indices of the new tokens in the cache, where the caller has them.
+        labels: [batch, count] of a training step, or None.
+        prompt: what `generate` says of these tokens, in place of `token_type_ids`.
+        embedded: of embeddings, the ids [batch, count] of those that open and close prompts, -1 for others; and bool
+            [batch, count], which lie before the first of them and are no token's, as an adapter's virtual tokens are.
+    """
+
+    shape: tuple[int, int]
+    device: torch.device
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    cache: Any = None
+    cache_position: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    prompt: PromptLayout | None = None
+    embedded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+SPLIT_BLOCK = (
+    "this call would extend a prefix block that is already in the cache, whose tokens could not see the new ones: "
+    "pass the whole block in one call, crop the cache to the block's start first, or give type 2 to the first token "
+    "of a new block."
+)
+SPLIT_ENVELOPE = (
+    "this call closes a prompt envelope that an earlier call on the same cache opened, and the first part of that "
+    "prefix block was read causally: pass the whole envelope in one call, or `token_type_ids` of zeros to read it "
+    "causally throughout."
+)
+FOREIGN_CACHE = (
+    "the cache does not hold what this model wrote to it, or it cannot be told: its rows or positions were replaced, "
+    "another model wrote to it, or its keys are quantized and its rows differ. Begin with a new cache, leave "
+    "`past_key_values` unset where rows differ, or change a cache only through its methods (`crop`, `reorder_cache`, "
+    "`batch_select_indices`, `batch_repeat_interleave`, `reset`)."
+)
+
+
+def read_layout(config: Any, call: Call) -> TokenLayout:
+    """Reads what the new tokens of a call are, refuses what cannot be right, and notes their facts in the cache.
+
+    Where values can be read this takes one read from the device. Where they cannot (compiling, exporting, capturing),
+    what would be refused stops the graph instead.
+
+    Raises:
+        ValueError: shapes or types that do not fit, a block or an envelope that would be split over two calls, a
+            cache whose content is not what this model wrote.
+    """
+    reading = _followed(config, call)
+    reading.warn()
+    reading.note()
+    return reading.layout()
+
+
+def _followed(config: Any, call: Call) -> _Reading:
+    """The reading of a call, with the history in line with the cache and every refusal raised."""
+    _check_shapes(call)
+    reading = _Reading(config, call)
+    if reading.values.get("changed"):
+        follow_changes(call.cache, call.shape[0])
+        reading = _Reading(config, call)
+        if reading.values.get("changed"):
+            raise ValueError(FOREIGN_CACHE)
+    reading.refuse()
+    return reading
+
+
+def read_prompt(config: Any, call: Call) -> PromptLayout:
+    """Reads the new tokens of a prompt as `read_layout` does and refuses what it would, but notes nothing.
+
+    Returns:
+        Their types, [batch, new].
+    """
+    reading = _followed(config, call)
+    types = torch.zeros(call.shape, dtype=torch.int64, device=call.device) if reading.types is None else reading.types
+    return PromptLayout(types.long(), reading.stated, bool(reading.values.get("padded")))
+
+
+def last_border(cache: Any, input_ids: torch.Tensor) -> int:
+    """Up to where a cropped cache can be continued with these ids [batch, tokens], which begin with the cached ones.
+
+    That is its length, or where the block begins that the crop has cut and that goes on otherwise now.
+    """
+    history, past = History.of(cache), int(cached_length(cache))
+    if history is None or past == 0 or history.end <= past:
+        return past
+    whole = history.facts(0, history.end)
+    block = find_blocks(whole.types, whole.real, find_sequences(whole.positions, whole.real))
+    last = last_true(whole.real[:, :past])[:, -1:]
+    cut = (block == at(block, last)) & (at(block, last) >= 0) & (last >= 0)
+    common = min(history.end, input_ids.shape[1])
+    other = cut.clone()
+    other[:, :common] &= input_ids[:, :common] != whole.ids[:, :common]
+    changed = other[:, past:].any(dim=1, keepdim=True)
+    starts = torch.where(changed & cut.any(dim=1, keepdim=True), cut.long().argmax(dim=1, keepdim=True), past)
+    return int(starts.amin())
+
+
+def read_step(call: Call, step: StepLayout, past: int | torch.Tensor) -> TokenLayout:
+    """The layout of generated tokens, of which nothing has to be read; notes their facts in the cache.
+
+    Args:
+        past: number of cached positions before them.
+    """
+    (rows, count), mask, position_ids = call.shape, call.attention_mask, call.position_ids
+    if position_ids is None:
+        index = past + torch.arange(count, device=call.device)
+        position_ids = index[None]
+        if mask is not None:
+            counted = mask.long().cumsum(dim=1) - 1
+            position_ids = counted.index_select(1, index.clamp(max=mask.shape[1] - 1))
+    if call.cache is not None and not _is_exporting():
+        ones = torch.ones(rows, count, dtype=torch.bool, device=call.device)
+        ids = torch.full_like(ones, -1, dtype=torch.int64) if call.input_ids is None else call.input_ids
+        _note(call.cache, past, Facts(ids, torch.zeros_like(ids), ones, position_ids.expand(rows, -1), ones))
+    real = (mask != 0) if step.padded and mask is not None else None
+    return TokenLayout(past, count, position_ids, real=real, lead=0, sees_all=count == 1)
+
+
+def _note(cache: Any, past: int | torch.Tensor, new: Facts, cached: Facts | None = None) -> History:
+    history = History.of(cache)
+    rows, count = new.ids.shape
+    if history is None or history.rows != rows:
+        capacity = static_capacity(cache) or (past + count if isinstance(past, int) else count)
+        history = cache._hrm_text_history = History(rows, capacity, new.ids.device)
+        if cached is None and isinstance(past, int) and past:
+            cached = _unseen(rows, past, None, new.ids.device)
+        if cached is not None:
+            history.append(cached, 0)
+            history.unseen = cached.ids.shape[1]
+    history.to(new.ids.device)
+    history.append(new, past)
+    return history
+
+
+def _unseen(rows: int, length: int, mask: torch.Tensor | None, device: torch.device) -> Facts:
+    """What is assumed of positions that others wrote, such as an adapter's virtual tokens: one causal sequence."""
+    real = torch.ones(rows, length, dtype=torch.bool, device=device)
+    if mask is not None:
+        real = mask[:, :length] != 0
+        real = F.pad(real, (0, length - real.shape[1]))
+    nothing = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    return Facts(nothing - 1, nothing, torch.ones_like(real), positions, real)
+
+
+def _is_exporting() -> bool:
+    """Whether a graph is traced that will not carry the cache's Python side along."""
+    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return exporting or torch.jit.is_tracing()
+
+
+def _check_shapes(call: Call) -> None:
+    rows, count = call.shape
+    mask, positions, types = call.attention_mask, call.position_ids, call.token_type_ids
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != rows):
+        raise ValueError(
+            f"`attention_mask` has the shape {tuple(mask.shape)}: give [{rows}, cached + new tokens] with 0 at "
+            "padding, or a whole 4-D mask [batch, 1, new tokens, cached + new tokens] without `token_type_ids`."
+        )
+    if positions is not None:
+        if positions.dim() == 1:
+            positions = call.position_ids = positions[None]
+        if positions.dim() != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != count:
+            raise ValueError(
+                f"`position_ids` has the shape {tuple(positions.shape)} and there are {count} new tokens in {rows} "
+                "rows: give one position for each new token."
+            )
+    if types is not None:
+        if tuple(types.shape) != (rows, count):
+            raise ValueError(
+                f"`token_type_ids` has the shape {tuple(types.shape)} and the new tokens [{rows}, {count}]: give one "
+                "type for each new token, and none for cached ones."
+            )
+        if types.is_floating_point() or types.is_complex():
+            raise ValueError(f"`token_type_ids` is of {types.dtype}: give integers, 1 for tokens of a prefix block.")
+
+
+def follow_changes(cache: Any, rows: int) -> None:
+    """Brings the history in line with a cache that was changed by others than its own methods; reads the device.
+
+    Raises:
+        ValueError: it cannot be told what the cache holds now.
+    """
+    history, length = History.of(cache), int(cached_length(cache))
+    if history is None:
+        return
+    if history.length is not None and length > history.length:
+        raise ValueError(FOREIGN_CACHE)
+    history.length = length
+    if length and bool(history.deviates(cache, rows, length)) and not history.find_rows(cache, length):
+        raise ValueError(FOREIGN_CACHE)
+
+
+class _Reading:
+    """What a call's tokens are, derived from the facts of whole rows [batch, keys], cached tokens first.
+
+    Attributes:
+        values: what decides something, read from the device at once: names to ints. Empty where nothing may be read.
+    """
+
+    def __init__(self, config: Any, call: Call):
+        self.config, self.call = config, call
+        self.rows, self.count = call.shape
+        self.readable = values_are_readable()
+        self.refusals: list[tuple[torch.Tensor, str | Callable[[], str]]] = []
+        self.history = None if call.cache is None or _is_exporting() else History.of(call.cache)
+        self.past = self._past_length()
+        self.values: dict[str, int] = {}
+        if self.history is not None and isinstance(self.past, int) and 0 < self.past < self.history.unseen:
+            # Cropped into what this model did not write, where a block may have been cut.
+            raise ValueError(FOREIGN_CACHE)
+        if self.history is not None and self.readable and self._has_other_size():
+            self.values["changed"] = 1
+            return
+        self.cached = self._cached_facts()
+        self.new_real = self._read_mask()
+        self.position_ids = self._positions()
+        self.real = self._whole_real()
+        self.sequence = self._sequences()
+        self.types, self.stated = self._types()
+        self.block = self._blocks()
+        if self.readable:
+            self.values = _read_at_once(self._questions())
+        else:
+            for wrong, message in self.refusals:
+                torch._assert_async(~wrong, message if isinstance(message, str) else SPLIT_BLOCK)
+
+    # ---- the facts of the whole row -------------------------------------------------------------------------------
+
+    def _past_length(self) -> int | torch.Tensor:
+        """Number of cached positions; a 0-d tensor where it lies on the device and may not be read."""
+        call, past = self.call, cached_length(self.call.cache)
+        if not isinstance(past, torch.Tensor):
+            return past
+        if not self.readable:
+            return past if call.cache_position is None else call.cache_position[0]
+        counted = None if self.history is None else self.history.length
+        mask = call.attention_mask
+        too_narrow = mask is not None and counted is not None and mask.shape[1] < counted + self.count
+        if counted is None or too_narrow:
+            return int(past)
+        # Taken on trust, to save a read: `_questions` asks whether it is so.
+        return counted
+
+    def _has_other_size(self) -> bool:
+        """Whether the cache's size alone, which Python knows, tells that it was changed since."""
+        if self.history.length is None:
+            self.history.length = self.past
+        return self.past != self.history.length or (self.past > 0 and self.rows != self.history.rows)
+
+    def _index(self) -> torch.Tensor:
+        """Where the new tokens lie on the key axis; [count]."""
+        return self.past + torch.arange(self.count, device=self.call.device)
+
+    def _cached_facts(self) -> Facts | None:
+        """Facts of the cached tokens: [batch, past], or [batch, capacity] where the past lies on the device."""
+        on_device = isinstance(self.past, torch.Tensor)
+        if not on_device and self.past == 0:
+            return None
+        length = static_capacity(self.call.cache) if on_device else self.past
+        if self.history is not None:
+            self.history.to(self.call.device)
+            facts = self.history.facts(0, length)
+        else:
+            facts = _unseen(self.rows, length, self.call.attention_mask, self.call.device)
+        if on_device:
+            facts.real = facts.real & (torch.arange(length, device=self.call.device) < self.past)
+        return facts
+
+    def _read_mask(self) -> torch.Tensor | None:
+        """Which new tokens are real, [batch, count]; None where no mask was given."""
+        mask, past = self.call.attention_mask, self.past
+        if mask is None:
+            return None
+        mask = mask != 0
+        if isinstance(past, torch.Tensor):
+            return mask.index_select(1, self._index().clamp(max=mask.shape[1] - 1))
+        if mask.shape[1] < past + self.count:
+            raise ValueError(
+                f"`attention_mask` covers {mask.shape[1]} positions and there are {past} cached and {self.count} new "
+                "tokens: give one entry for each of them, the cached ones too."
+            )
+        if self.cached is not None and self.history is not None:
+            differs = (mask[:, :past] != self.cached.real).any()
+            message = (
+                f"`attention_mask` says of the {past} cached tokens what it did not say when they were read: give it "
+                "the same zeros at padding, or leave it out."
+            )
+            self.refusals.append((differs, message))
+        return mask[:, past : past + self.count]
+
+    def _join(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """A fact of whole rows, from that of the new tokens [batch or 1, count]."""
+        new = new.expand(self.rows, -1)
+        if self.cached is None:
+            return new
+        cached = getattr(self.cached, name).to(new.dtype).expand(self.rows, -1)
+        if isinstance(self.past, torch.Tensor):
+            return cached.index_copy(1, self._index(), new)
+        return torch.cat([cached, new], dim=1)
+
+    def _new(self, row: torch.Tensor) -> torch.Tensor:
+        """The part of whole rows that is new."""
+        if isinstance(self.past, torch.Tensor):
+            return row.index_select(1, self._index())
+        return row[:, self.past : self.past + self.count]
+
+    def _is_cached(self) -> torch.Tensor:
+        """bool [keys]: which of a whole row's tokens are cached."""
+        keys = self.count if self.cached is None else self._join("real", self._ones()).shape[1]
+        return torch.arange(keys, device=self.call.device) < self.past
+
+    def _ones(self) -> torch.Tensor:
+        return torch.ones(1, self.count, dtype=torch.bool, device=self.call.device)
+
+    # ---- what follows from them -----------------------------------------------------------------------------------
+
+    def _positions(self) -> torch.Tensor:
+        """Given positions, or those that count real tokens on from the last cached one."""
+        if self.call.position_ids is not None:
+            return self.call.position_ids
+        steps = self._ones() if self.new_real is None else self.new_real
+        steps = steps.long().cumsum(dim=1)
+        if self.cached is None:
+            return (steps - 1).clamp(min=0)
+        if self.history is not None and self.history.is_plain and not isinstance(self.past, torch.Tensor):
+            return (steps + (self.past - 1)).clamp(min=0)
+        last = last_true(self.cached.real)[:, -1:]
+        return (torch.where(last >= 0, at(self.cached.positions, last), -1) + steps).clamp(min=0)
+
+    def _whole_real(self) -> torch.Tensor | None:
+        known = self.history is not None and self.history.padded is False and not isinstance(self.past, torch.Tensor)
+        if self.new_real is None and (self.cached is None or known):
+            return None
+        return self._join("real", self._ones() if self.new_real is None else self.new_real)
+
+    def _sequences(self) -> torch.Tensor | None:
+        if self.call.position_ids is None and (self.history is None or self.history.packed is False):
+            return None
+        return find_sequences(self._join("positions", self.position_ids), self.real)
+
+    def _types(self) -> tuple[torch.Tensor | None, bool]:
+        """Types of the new tokens, int64 [batch, count] of 0, 1 and 2, or None where all are causal; and whether they
+        were stated rather than inferred."""
+        config, call = self.config, self.call
+        if call.prompt is not None:
+            return (call.prompt.types.to(call.device) if config.prefix_lm else None), call.prompt.stated
+        if call.token_type_ids is not None:
+            if not config.prefix_lm:
+                warn_types_are_ignored()
+                return None, True
+            types = call.token_type_ids.long()
+            return torch.where((types == 1) | (types == 2), types, 0), True
+        if not infers_blocks(config):
+            return None, False
+        runs = (config.prefix_start, config.prefix_end)
+        if call.input_ids is None:
+            if call.embedded is None or self.cached is not None:
+                return None, False
+            ids, is_virtual = call.embedded
+            types, _ = infer_token_types(ids, *runs, self.real, self.sequence)
+            before = types.cumsum(dim=1) == 0
+            return torch.where(before & is_virtual & types.any(dim=1, keepdim=True), 1, types), False
+        if self.cached is None:
+            return infer_token_types(call.input_ids, *runs, self.real, self.sequence)[0], False
+        # Tokens that were stated to be causal, and those that the model has generated, open no envelope.
+        ids = self._join("ids", call.input_ids).masked_fill(self._join("stated", ~self._ones()), -1)
+        types, _ = infer_token_types(ids, *runs, self.real, self.sequence)
+        unlike = (types > 0) != (self._join("types", self._new(types)) > 0)
+        unlike = unlike & self._is_cached() & ~self._join("stated", ~self._ones())
+        if self.real is not None:
+            unlike = unlike & self.real
+        if self.history is None:
+            # What opened an envelope may be cached, and is not known.
+            unlike = unlike | ((ids == config.prefix_end[-1]) & (types == 0))
+        self.refusals.append((unlike.any(), SPLIT_ENVELOPE))
+        return self._new(self._opened_behind(types)), False
+
+    def _opened_behind(self, types: torch.Tensor) -> torch.Tensor:
+        """Inferred types of whole rows, with 2 on an envelope that opens directly behind a cached block."""
+        is_cached = self._is_cached()
+        present = torch.ones_like(types, dtype=torch.bool) if self.real is None else self.real
+        last, first = last_true(present & is_cached)[:, -1:], next_true(present & ~is_cached)[:, :1]
+        behind = (last >= 0) & (at(self._join("types", self._new(types)), last) > 0) & (at(types, last) == 0)
+        opens = behind & (first < types.shape[1]) & (at(types, first) == 1)
+        return types.scatter(1, first.clamp(max=types.shape[1] - 1), torch.where(opens, 2, at(types, first)))
+
+    def _blocks(self) -> torch.Tensor | None:
+        """Numbers of the blocks in whole rows, or None; notes the refusal of one that began in the cache."""
+        before = self.history is not None and self.cached is not None and self.history.blocks is not False
+        if self.types is None and not before:
+            return None
+        types = self._ones().long() - 1 if self.types is None else self.types
+        block = find_blocks(self._join("types", types), self.real, self.sequence)
+        if self.cached is None:
+            return block
+        is_cached = self._is_cached()
+        present = torch.ones_like(block, dtype=torch.bool) if self.real is None else self.real
+        last = last_true(present & is_cached)[:, -1:]
+        first = next_true(present & ~is_cached)[:, :1]
+        open_block = torch.where(last >= 0, at(block, last), -1)
+        extends = (open_block >= 0) & (first < block.shape[1]) & (at(block, first) == open_block)
+        if self.history is None and self.call.token_type_ids is not None:
+            # What is cached is not known, and may be the beginning of this block.
+            extends = extends | ((last >= 0) & (first < block.shape[1]) & (at(self._join("types", types), first) == 1))
+        cut = self._cut_blocks(block, last, open_block)
+        self.refusals.append(((extends if cut is None else extends & ~cut).any(), SPLIT_BLOCK))
+        return block
+
+    def _cut_blocks(self, block: torch.Tensor, last: torch.Tensor, open_block: torch.Tensor) -> torch.Tensor | None:
+        """Rows [batch, 1] whose last cached token has read tokens that were cropped away; None where there is none.
+
+        Only the very same tokens may follow it; anything else is noted as a refusal.
+        """
+        history, past = self.history, self.past
+        if history is None or isinstance(past, torch.Tensor) or history.end <= past:
+            return None
+        whole = history.facts(0, history.end)
+        read = find_blocks(whole.types, whole.real, find_sequences(whole.positions, whole.real))
+        number = torch.where(last >= 0, at(read, last), -1)
+        width = max(self.count, history.end - past)
+
+        def beside(values: torch.Tensor, fill: int) -> torch.Tensor:
+            return F.pad(values.expand(self.rows, -1).long(), (0, width - values.shape[1]), value=fill)
+
+        wanted = beside((read[:, past:] == number) & (number >= 0), 0)
+        given = beside((block[:, past:] == open_block) & (open_block >= 0), 0)
+        ids = beside(self._ones().long() - 3 if self.call.input_ids is None else self.call.input_ids, -2)
+        same = (ids == beside(whole.ids[:, past:], -3)) & (
+            beside(self.position_ids, -2) == beside(whole.positions[:, past:], -3)
+        )
+        cut = wanted.any(dim=1, keepdim=True)
+        wrong = cut & ((wanted != given) | ((wanted == 1) & ~same)).any(dim=1, keepdim=True)
+
+        def sentence() -> str:
+            row = int(wrong[:, 0].long().argmax())
+            start, stop = int((read[row] == number[row]).long().argmax()), past + int(wanted[row].sum())
+            return (
+                f"the cache was cropped inside a prefix block (positions {start} to {stop - 1} of row {row}), whose "
+                "tokens have read the rest of it: feed that very rest again in one call, or crop the cache to "
+                f"{start}, where the block begins, and pass the whole block."
+            )
+
+        self.refusals.append((wrong.any(), sentence))
+        return cut
+
+    # ---- one read, and what comes of it ---------------------------------------------------------------------------
+
+    def _questions(self) -> dict[str, Any]:
+        """What has to be known of the values, by name."""
+        call, asked = self.call, {}
+        if self.cached is not None and self.history is not None:
+            asked["changed"] = self.history.deviates(call.cache, self.rows, self.past)
+            length = cached_length(call.cache)
+            if isinstance(length, torch.Tensor):
+                asked["changed"] = asked["changed"] | (length.to(call.device) != self.past)
+        asked |= {f"refused {i}": wrong for i, (wrong, _) in enumerate(self.refusals)}
+        real = None if self.real is None else self._new(self.real)
+        if real is not None:
+            asked["padded"] = ~self.real.all()
+        if self.sequence is not None:
+            asked["packed"] = self.sequence.amax() > 0
+        if self.block is not None:
+            block = self._new(self.block)
+            inside = block >= 0
+            asked["blocks"] = inside.any()
+            lead = (inside & (block == block[:, :1])).long().cumprod(dim=1).sum(dim=1)
+            uniform = (lead == lead[:1]).all() & (inside.sum(dim=1) == lead).all()
+            asked["lead"] = torch.where(uniform, lead[0], -1)
+            one = inside & (block == block.amax(dim=1, keepdim=True))
+            asked["one block"] = (one if real is None else one | ~real).all()
+            if call.labels is not None and call.labels.shape == block.shape:
+                labelled = call.labels[:, 1:].to(block.device) != -100
+                asked["leaks"] = (labelled & inside[:, 1:] & (block[:, 1:] == block[:, :-1])).any()
+        if self.cached is None and call.prompt is None and not self.stated and infers_blocks(self.config):
+            without = self._ones()[:, 0] if self.block is None else ~inside.any(dim=1)
+            asked["without block"] = (without if real is None else without & real.any(dim=1)).any()
+            if call.input_ids is None:
+                # Said whatever is found: prompts that open in another way are not recognised by their vectors.
+                asked["without block"] = 1
+        if call.position_ids is not None and self.count > 1:
+            asked["last position"] = self.position_ids.amax()
+        return asked
+
+    def refuse(self) -> None:
+        """Raises a ValueError for the first refusal that holds."""
+        for i, (_, message) in enumerate(self.refusals):
+            if self.values.get(f"refused {i}"):
+                raise ValueError(message if isinstance(message, str) else message())
+
+    def warn(self) -> None:
+        """Says once what is probably a mistake."""
+        if not self.readable:
+            return
+        last = self.past + self.count - 1 if self.call.position_ids is None else self.values.get("last position", -1)
+        if last >= self.config.max_position_embeddings:
+            logger.warning_once(
+                f"position {last} lies beyond `max_position_embeddings` ({self.config.max_position_embeddings}): the "
+                "model was not trained there and its answers will be worse. Shorten the input."
+            )
+        if self.values.get("leaks"):
+            logger.warning_once(
+                "`labels` lie on tokens of a prefix block, which the tokens before them have already read: the loss "
+                "there measures nothing. Set the labels of prompts to -100 (`training.data.PrefixLMCollator` does)."
+            )
+        if self.values.get("without block"):
+            warn_without_block(self.config, self.call.input_ids is None, "A row")
+
+    def note(self) -> None:
+        """Notes the facts of the new tokens in the cache, for the calls to come."""
+        if self.call.cache is None or _is_exporting():
+            return
+        shape, device = self.call.shape, self.call.device
+        ids = self.call.input_ids
+        ids = torch.full(shape, -1, device=device) if ids is None else ids
+        real = self._ones().expand(shape) if self.new_real is None else self.new_real
+        types = torch.zeros_like(ids) if self.types is None else self.types
+        stated = torch.full(shape, self.stated, device=device)
+        new = Facts(ids, types, stated, self.position_ids.expand(shape), real)
+        unseen = self.cached if self.history is None else None
+        history = _note(self.call.cache, self.past, new, unseen)
+        history.is_plain = history.is_plain and self.readable and self.call.position_ids is None and self.real is None
+        for name in ("padded", "packed", "blocks"):
+            if not self.readable:
+                setattr(history, name, None)
+            elif self.values.get(name):
+                setattr(history, name, True)
+
+    def layout(self) -> TokenLayout:
+        """The layout, with what no token needs left out."""
+        layout = TokenLayout(self.past, self.count, self.position_ids, self.real, self.sequence, self.block)
+        if not self.readable:
+            return layout
+        if not self.values.get("padded"):
+            layout.real = None
+        if not self.values.get("packed"):
+            layout.sequence = None
+        if not self.values.get("blocks"):
+            layout.block = None
+        layout.lead = self.values["lead"] if layout.block is not None else 0
+        layout.sees_all = self.count == 1 or (layout.block is not None and bool(self.values["one block"]))
+        return layout
+
+
+def _read_at_once(asked: dict[str, Any]) -> dict[str, int]:
+    """The values of 0-d tensors (or of what Python knows), with one read from the device."""
+    tensors = [value for value in asked.values() if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack([tensor.long() for tensor in tensors]).tolist() if tensors else [])
+    return {name: next(read) if isinstance(value, torch.Tensor) else int(value) for name, value in asked.items()}
+
+
+def infers_blocks(config: Any) -> bool:
+    """Whether the config says how blocks are found where no types are given."""
+    return config.prefix_lm and bool(config.prefix_end)
+
+
+# ---- warnings, once each --------------------------------------------------------------------------------------------
+
+
+def warn_types_are_ignored() -> None:
+    """Says once that a model without PrefixLM has no use for types."""
+    logger.warning_once(
+        "`token_type_ids` were given and are ignored, because `config.prefix_lm` is False: the model reads everything "
+        "causally."
+    )
+
+
+def warn_without_block(config: Any, has_no_ids: bool = False, what: str = "The prompt") -> None:
+    """Says once that something is read causally for want of a prompt envelope."""
+    if has_no_ids:
+        logger.warning_once(
+            "`inputs_embeds` were given without `token_type_ids`: prompts are found only where the vectors of the "
+            "tokens that open and close them stand in the embeddings, and everything else is read causally and "
+            "answered much worse. Give `token_type_ids` with 1 on the tokens of the prompt."
+        )
+        return
+    logger.warning_once(
+        f"{what} holds no prefix block, so HRM-Text reads it causally and answers much worse. It expects prompts that "
+        f"open with the token ids {config.prefix_start} and close with {config.prefix_end}, which "
+        "`tokenizer.apply_chat_template` writes (and `encode_prompt`, where the tokenizer has it); or give "
+        "`token_type_ids` with 1 on the tokens of the prompt (all zeros say that causal is meant)."
+    )
+
+
+def warn_nothing_says_what_is_prompt() -> None:
+    """Says once that neither the caller nor the config tells the prompt from the rest."""
+    logger.warning_once(
+        "Nothing says which tokens are the prompt: neither `token_type_ids`, nor the config, whose "
+        "`prefix_end_token_id` is None. HRM-Text reads all of it causally and answers much worse. Set "
+        "`prefix_end_token_id` in the config (and `prefix_start_token_ids`, unless it is bos), or give "
+        "`token_type_ids` with 1 on the tokens of the prompt and zeros elsewhere."
+    )
+
+
+__all__ = [
+    "Call",
+    "follow_changes",
+    "infers_blocks",
+    "last_border",
+    "read_layout",
+    "read_prompt",
+    "read_step",
+    "warn_nothing_says_what_is_prompt",
+    "warn_types_are_ignored",
+    "warn_without_block",
+]
