@@ -1,22 +1,25 @@
-"""Who may see whom: from a layout of the new tokens to what each attention backend needs.
+"""Who may see whom: from a layout of the new tokens to what each attention backend needs, and the attention itself.
 
 `plan_attention` runs once a forward pass and `attend` once an attention call; no other place builds a mask.
+
+Flash attention knows no masks, only full and lower-right causal attention of a run of queries over a run of keys. So a
+prefix block is one entry of a full variable-length call (its queries over everything from the start of its sequence to
+the end of the block), and a causal run one entry of a causal call (over everything up to its own end).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .flash_hrm_text import FlashPlan, flash_attend, plan_flash
-from .layout_hrm_text import TokenLayout, read_layout, values_are_readable
-from .operations_hrm_text import gated
-from .single_query_hrm_text import single_query_attention, single_query_pays
-from .versions_hrm_text import flash_kernel, is_flash, static_capacity
+from .kernels_hrm_text import fused_gate, serves, single_query_attention, single_query_pays
+from .layout_hrm_text import TokenLayout, values_are_readable
+from .versions_hrm_text import flash_kernel, is_flash
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +43,9 @@ class AttentionPlan:
         block_mask: the mask of flex attention.
         flash: the variable-length calls of flash attention.
         products: whether single queries go through batched matrix products; None measures on the CPU.
+        rotary: the rotary tables of the new tokens, float32. They lie here, out of reach of what casts arguments.
+        cache_kwargs: what the static slots of earlier releases of transformers ask for.
+        weights: where set, collects the weights [batch, heads, queries, keys] of each call, in slot order.
     """
 
     backend: str
@@ -50,82 +56,73 @@ class AttentionPlan:
     block_mask: Any = None
     flash: FlashPlan | None = None
     products: bool | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    cache_kwargs: dict[str, Any] | None = None
+    weights: list[torch.Tensor] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionPlan:
         """Copies the plan to another device, as the hooks of a model spread over devices ask."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name in ("mask", "flash")
-            if (value := getattr(self, name)) is not None
-        }
+        moved = dict(vars(self))
+        for name in ("mask", "flash"):
+            if moved[name] is not None:
+                moved[name] = moved[name].to(device, non_blocking=non_blocking)
+        if self.rotary is not None:
+            moved["rotary"] = tuple(table.to(device, non_blocking=non_blocking) for table in self.rotary)
+        if self.cache_kwargs is not None:
+            moved["cache_kwargs"] = {name: value.to(device) for name, value in self.cache_kwargs.items()}
         if self.block_mask is not None:
             moved["block_mask"] = self.block_mask.to(device)
-        return replace(self, **moved)
+        return AttentionPlan(**moved)
 
 
-# ---- from the arguments of a call to a plan -------------------------------------------------------------------------
+@dataclass
+class FlashCall:
+    """One variable-length call.
+
+    Attributes:
+        causal: lower-right causal, or full.
+        query_index: int64 [total queries], into the flattened [batch * queries].
+        key_index: int64 [total keys], into the flattened [batch * keys].
+        query_offsets, key_offsets: int32 [entries + 1], where each entry starts.
+        max_queries, max_keys: the longest entry.
+    """
+
+    causal: bool
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> FlashCall:
+        moved = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return FlashCall(**moved)
 
 
-def prepare_attention(
-    config: Any,
-    shape: tuple[int, int],
-    device: torch.device,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    token_type_ids: torch.Tensor | None = None,
-    cache: Any = None,
-    cache_position: torch.Tensor | None = None,
-    trusted: bool = False,
-    needs_weights: bool = False,
-    static_shapes: bool = False,
-) -> tuple[AttentionPlan, torch.Tensor]:
-    """From the arguments of a forward pass to its plan.
+@dataclass
+class FlashPlan:
+    """The calls of one forward pass, and the kernel `(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ...)`."""
 
-    Args:
-        config: the model's config.
-        shape: rows and new tokens.
-        device: where the tokens are.
-        attention_mask: 2-D, or a whole 4-D mask [batch, 1, queries, keys] (bool, or added to the scores), which
-            decides alone.
-        needs_weights: whether the attention weights are asked for, which only the eager backend gives.
-        static_shapes: as of `plan_attention`. The other arguments are those of `read_layout`.
+    calls: list[FlashCall]
+    kernel: Callable[..., Any]
 
-    Returns:
-        The plan, and position_ids [batch or 1, new tokens].
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> FlashPlan:
+        return FlashPlan([call.to(device, non_blocking) for call in self.calls], self.kernel)
+
+
+# ---- from a layout to a plan ----------------------------------------------------------------------------------------
+
+
+def choose_backend(config: Any, needs_weights: bool = False) -> str:
+    """The backend that the config's attention implementation asks for.
 
     Raises:
-        ValueError: arguments that do not fit, or an attention implementation that cannot be served.
+        ValueError: an implementation that cannot be served, or weights asked of one that has none.
     """
-    backend = _choose_backend(config, needs_weights)
-    whole_mask = None
-    if attention_mask is not None and attention_mask.dim() == 4:
-        if token_type_ids is not None:
-            raise ValueError(
-                "a 4-D `attention_mask` and `token_type_ids` were given, and both say who sees whom: give a 2-D "
-                "`attention_mask` with `token_type_ids`, or the 4-D mask alone."
-            )
-        whole_mask, attention_mask, trusted = attention_mask, None, True
-    layout, position_ids = read_layout(
-        config,
-        *shape,
-        device,
-        input_ids,
-        attention_mask,
-        position_ids,
-        token_type_ids,
-        cache,
-        cache_position,
-        trusted,
-    )
-    if whole_mask is not None:
-        return _plan_whole_mask(whole_mask, backend, layout), position_ids
-    kernel = flash_kernel(config._attn_implementation) if backend == FLASH else None
-    plan = plan_attention(layout, backend, *shape, static_capacity(cache), device, kernel, static_shapes)
-    return plan, position_ids
-
-
-def _choose_backend(config: Any, needs_weights: bool) -> str:
     name = config._attn_implementation or "sdpa"
     if needs_weights and name != "eager":
         logger.warning_once("`output_attentions=True` needs the weights: this call runs the eager attention.")
@@ -140,8 +137,17 @@ def _choose_backend(config: Any, needs_weights: bool) -> str:
     return name
 
 
-def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> AttentionPlan:
-    """A plan that follows a caller's 4-D mask, bool (True sees) or floats that are added to the scores."""
+def plan_whole_mask(mask: torch.Tensor, backend: str, key_length: int | None = None) -> AttentionPlan:
+    """A plan that follows a caller's own mask [batch or 1, 1 or heads, queries, keys].
+
+    Args:
+        mask: bool (True sees) or floats that are added to the scores.
+        backend: of `choose_backend`.
+        key_length: as of the plan.
+
+    Raises:
+        ValueError: a mask of integers, or a backend that takes none.
+    """
     if backend not in ("eager", "sdpa"):
         raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
@@ -155,104 +161,79 @@ def _plan_whole_mask(mask: torch.Tensor, backend: str, layout: TokenLayout) -> A
     else:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         mask = mask.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
-    return AttentionPlan(backend, mask=mask, key_length=mask.shape[-1] if isinstance(layout.past, int) else None)
-
-
-# ---- from a layout to a plan -------------------------------------------------------------------------------------
+    return AttentionPlan(backend, mask=mask, key_length=key_length)
 
 
 def plan_attention(
-    layout: TokenLayout,
-    backend: str,
-    batch: int,
-    queries: int,
-    capacity: int | None,
-    device: torch.device,
-    flash_kernel: Any = None,
-    static_shapes: bool = False,
+    layout: TokenLayout, config: Any, rows: int, capacity: int | None, backend: str, static_shapes: bool = False
 ) -> AttentionPlan:
     """Turns a layout into what the backend needs, with as little mask as the layout allows.
 
     Args:
-        layout: what the new tokens are.
-        backend: "eager", "sdpa", "flex_attention" or "flash".
-        batch: number of rows.
-        queries: number of new tokens.
+        layout: what the tokens are.
+        config: the model's config.
+        rows: the batch.
         capacity: number of positions of a static cache, None for a growing one or none at all.
-        device: where masks are built.
-        flash_kernel: the variable-length flash attention, for backend "flash".
+        backend: of `choose_backend`.
         static_shapes: read all of a static cache behind a mask, so that the plan is of one shape at every step.
 
     Raises:
         ValueError: more tokens than a static cache holds, or flash attention while compiling.
     """
-    past_is_known = isinstance(layout.past, int)
-    if capacity is not None and past_is_known and layout.past + queries > capacity:
+    past, count, device = layout.past, layout.count, layout.position_ids.device
+    past_is_known = isinstance(past, int)
+    if capacity is not None and past_is_known and past + count > capacity:
         raise ValueError(
-            f"the static cache holds {capacity} positions and {layout.past} + {queries} are needed: create it with a "
-            "larger `max_cache_len`, or use a growing cache."
+            f"the static cache holds {capacity} positions and {past} + {count} are needed: create it with a larger "
+            "`max_cache_len`, or use a growing cache."
         )
     # The weights that eager attention gives back span a static cache, as they do in the library's classes.
     static_window = capacity is not None and (static_shapes or not past_is_known or backend == "eager")
-    keys = capacity if static_window else layout.past + queries
-    plan = AttentionPlan(backend, key_length=keys if capacity is not None and not static_window else None)
+    keys = capacity if static_window else past + count
+    key_length = keys if capacity is not None and not static_window else None
 
+    if backend == FLASH and count == 1 and not static_window:
+        # The cache of one query is read once either way, and a mask of keys costs less than a copy without padding.
+        backend = "sdpa"
     if backend == FLASH:
         if static_window or not values_are_readable():
             raise ValueError(
                 "flash attention needs the lengths of the sequences, which are unknown while compiling, exporting or "
                 "capturing: call `model.set_attn_implementation('sdpa')` first."
             )
-        return replace(plan, flash=plan_flash(layout, batch, queries, flash_kernel, device))
+        flash = plan_flash(layout, rows, flash_kernel(config._attn_implementation))
+        return AttentionPlan(backend, flash=flash, key_length=key_length)
     if backend == "flex_attention":
         # A single query has no blocks to skip, and every length of the cache would be compiled anew; and flex has no
         # backward pass on processors.
-        if queries > 1 and not (device.type == "cpu" and torch.is_grad_enabled()):
-            return replace(plan, block_mask=_flex_mask(layout, batch, queries, keys, device))
-        plan = replace(plan, backend="sdpa")
-
-    nothing_hidden = layout.real is None and layout.past_visible is None and layout.sequence is None
-    if nothing_hidden and not static_window:
-        simple = _plan_without_padding(plan, layout, queries, keys, device)
-        if simple is not None:
-            return simple
-    if layout.sequence is None and not static_window and _is_one_block(layout, queries):
-        return replace(plan, mask=_key_mask(layout, batch, queries, device))
-    return replace(plan, mask=visibility(layout, batch, queries, keys, device))
-
-
-def _is_one_block(layout: TokenLayout, queries: int) -> bool:
-    """Whether every real new token sees every real key: a decoding step, or prompts that are one block each."""
-    if queries == 1:
-        return True
-    if layout.block is None or not values_are_readable():
-        return False
-    block = layout.block if layout.real is None else torch.where(layout.real, layout.block, 0)
-    return bool((block == 0).all())
+        if count > 1 and not (device.type == "cpu" and torch.is_grad_enabled()):
+            return AttentionPlan(backend, block_mask=_flex_mask(layout, rows, keys), key_length=key_length)
+        backend = "sdpa"
+    if not static_window and layout.sequence is None:
+        if layout.real is None:
+            simple = _plan_without_padding(backend, layout, keys, key_length)
+            if simple is not None:
+                return simple
+        elif layout.sees_all:
+            return AttentionPlan(backend, mask=_key_mask(layout.real[:, :keys]), key_length=key_length)
+    return AttentionPlan(backend, mask=visibility(layout, rows, keys), key_length=key_length)
 
 
 def _plan_without_padding(
-    plan: AttentionPlan, layout: TokenLayout, queries: int, keys: int, device: torch.device
+    backend: str, layout: TokenLayout, keys: int, key_length: int | None
 ) -> AttentionPlan | None:
     """The plans that need no dense mask, or None where the layout is not one of them."""
-    if queries == 1:
-        return plan
+    count, device = layout.count, layout.position_ids.device
+    if layout.sees_all or count == 1:
+        return AttentionPlan(backend, key_length=key_length)
     if layout.block is None:
-        if layout.past == 0 and plan.backend == "sdpa":
-            return replace(plan, is_causal=True)
-        return replace(plan, mask=_lower_right(queries, keys, device))
-    if not values_are_readable():
+        if isinstance(layout.past, int) and layout.past == 0 and backend == "sdpa":
+            return AttentionPlan(backend, is_causal=True, key_length=key_length)
+        return AttentionPlan(backend, mask=_lower_right(count, keys, device), key_length=key_length)
+    if not layout.lead or layout.lead < 0 or backend == "eager":
         return None
-    in_block = layout.block >= 0
-    first = in_block[0]
-    lead = int(first.long().cumprod(0).sum())
-    if lead == 0 or bool(first[lead:].any()) or bool((in_block != first).any()):
-        return None
-    if lead == queries:
-        return plan
-    if plan.backend == "eager":
-        return None
-    return replace(plan, block_queries=lead, mask=_lower_right(queries - lead, keys, device))
+    rest = _lower_right(count - layout.lead, keys, device)
+    return AttentionPlan(backend, mask=rest, block_queries=layout.lead, key_length=key_length)
 
 
 def _lower_right(queries: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -260,95 +241,119 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
 
 
-def _visible_keys(layout: TokenLayout, batch: int, queries: int, device: torch.device) -> torch.Tensor:
-    """bool [batch, past + queries]: which keys are real and of a sequence that the call continues."""
-    past = layout.past_visible
-    if past is None:
-        past = torch.ones(batch, layout.past, dtype=torch.bool, device=device)
-    real = layout.real
-    if real is None:
-        real = torch.ones(batch, queries, dtype=torch.bool, device=device)
-    return torch.cat([past.expand(batch, -1), real.expand(batch, -1)], dim=1)
-
-
-def _key_mask(layout: TokenLayout, batch: int, queries: int, device: torch.device) -> torch.Tensor:
+def _key_mask(real: torch.Tensor) -> torch.Tensor:
     """bool [batch, 1, 1, keys]. A row with no real key at all sees everything, so that its softmax stays finite."""
-    visible = _visible_keys(layout, batch, queries, device)
-    return (visible | ~visible.any(dim=1, keepdim=True))[:, None, None]
+    return (real | ~real.any(dim=1, keepdim=True))[:, None, None]
 
 
-def _key_axis(values: torch.Tensor, layout: TokenLayout, keys: int, fill: int) -> torch.Tensor:
-    """Places what is known of the new tokens [batch, queries] on the key axis [batch, keys]; `fill` elsewhere."""
-    batch, queries = values.shape
-    if isinstance(layout.past, int):
-        return F.pad(values, (layout.past, keys - layout.past - queries), value=fill)
-    index = layout.past + torch.arange(queries, device=values.device)
-    return values.new_full((batch, keys), fill).index_copy(1, index, values)
-
-
-def visibility(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+def visibility(layout: TokenLayout, rows: int, keys: int) -> torch.Tensor:
     """The dense mask, bool [batch or 1, 1, queries, keys], True where the query sees the key.
 
     Reads no values. A padded query sees the real keys before it, or itself where there is none: so its softmax stays
     finite, and what comes out at padding depends neither on the rest of the batch nor on what is yet to come, which
     matters to those who generate from a prompt that is padded on the right.
     """
-    rule = visibility_rule(layout, batch, queries, keys, device)
-    rows = torch.arange(batch, device=device)[:, None, None]
-    if layout.real is None and layout.past_visible is None and layout.sequence is None and layout.block is None:
-        rows = rows[:1]
-    q = torch.arange(queries, device=device)[:, None]
-    k = torch.arange(keys, device=device)[None, :]
-    return rule(rows, q, k).expand(rows.shape[0], queries, keys)[:, None]
+    device = layout.position_ids.device
+    rule = visibility_rule(layout, rows, keys)
+    row = torch.arange(rows, device=device)[:, None, None]
+    if layout.real is None and layout.sequence is None and layout.block is None:
+        row = row[:1]
+    query = torch.arange(layout.count, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    return rule(row, query, key).expand(row.shape[0], layout.count, keys)[:, None]
 
 
-def visibility_rule(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device):
+def visibility_rule(layout: TokenLayout, rows: int, keys: int) -> Callable[..., torch.Tensor]:
     """The rule itself: a function of row, query and key indices (tensors that broadcast) to bool.
 
     Written so that flex attention can trace it for single indices and `visibility` can evaluate it for all at once.
     """
     past = layout.past
-    block = layout.block.expand(batch, -1) if layout.block is not None else None
-    sequence = layout.sequence.expand(batch, -1) if layout.sequence is not None else None
-    key_block = _key_axis(block, layout, keys, -1) if block is not None else None
-    key_sequence = _key_axis(sequence, layout, keys, 0) if sequence is not None else None
-    real = layout.real.expand(batch, -1) if layout.real is not None else None
-    key_visible = None
-    if real is not None or layout.past_visible is not None:
-        new = real if real is not None else torch.ones(batch, queries, dtype=torch.bool, device=device)
-        key_visible = _key_axis(new.long(), layout, keys, 1).bool()
-        if layout.past_visible is not None:
-            hidden = ~layout.past_visible[:, :keys].expand(batch, -1)
-            key_visible = key_visible & ~F.pad(hidden, (0, keys - hidden.shape[1]))
 
-    nothing_yet = key_visible.long().cumsum(dim=1) == 0 if real is not None else None
+    def over_keys(values: torch.Tensor | None, fill: int) -> torch.Tensor | None:
+        # A static cache has keys behind the last token.
+        if values is None:
+            return None
+        return F.pad(values[:, :keys].expand(rows, -1), (0, max(0, keys - values.shape[1])), value=fill)
+
+    real, block = over_keys(layout.real, False), over_keys(layout.block, -1)
+    sequence = over_keys(layout.sequence, 0)
+    nothing_yet = None if real is None else real.long().cumsum(dim=1) == 0
 
     def sees(row, query, key):
         at = query + past
         visible = key <= at
         if block is not None:
-            visible = visible | ((block[row, query] >= 0) & (block[row, query] == key_block[row, key]))
+            visible = visible | ((block[row, at] >= 0) & (block[row, at] == block[row, key]))
         if sequence is not None:
-            visible = visible & (sequence[row, query] == key_sequence[row, key])
-        if key_visible is not None:
-            visible = visible & key_visible[row, key]
+            visible = visible & (sequence[row, at] == sequence[row, key])
         if real is not None:
-            filler = (key_visible[row, key] & (key <= at)) | (nothing_yet[row, at] & (key == at))
-            visible = (visible & real[row, query]) | (filler & ~real[row, query])
+            filler = (real[row, key] & (key <= at)) | (nothing_yet[row, at] & (key == at))
+            visible = (visible & real[row, key] & real[row, at]) | (filler & ~real[row, at])
         return visible
 
     return sees
 
 
-def _flex_mask(layout: TokenLayout, batch: int, queries: int, keys: int, device: torch.device) -> Any:
+def _flex_mask(layout: TokenLayout, rows: int, keys: int) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    rule = visibility_rule(layout, batch, queries, keys, device)
+    rule = visibility_rule(layout, rows, keys)
 
     def sees(row, head, query, key):
         return rule(row, query, key)
 
-    return create_block_mask(sees, batch, None, queries, keys, device=device)
+    return create_block_mask(sees, rows, None, layout.count, keys, device=layout.position_ids.device)
+
+
+def plan_flash(layout: TokenLayout, rows: int, kernel: Callable[..., Any]) -> FlashPlan:
+    """Cuts every row into runs (blocks and causal stretches of one sequence, without padding).
+
+    Args:
+        layout: one whose values can be read.
+        rows: the batch.
+        kernel: the variable-length flash attention.
+    """
+    past, count = layout.past, layout.count
+    keys = past + count
+
+    given = [values for values in (layout.real, layout.sequence, layout.block) if values is not None]
+    # One read from the device for all of them.
+    read = iter(torch.stack([values[:, :keys].expand(rows, -1).long() for values in given]).tolist() if given else ())
+
+    def lists(values: torch.Tensor | None, fill: int) -> list[list[int]]:
+        return [[fill] * keys] * rows if values is None else next(read)
+
+    real, sequence, block = lists(layout.real, 1), lists(layout.sequence, 0), lists(layout.block, -1)
+    entries: dict[bool, list[tuple[list[int], list[int]]]] = {False: [], True: []}
+    for row in range(rows):
+        present = [i for i in range(keys) if real[row][i]]
+        new = [i for i in present if i >= past]
+        runs: list[list[int]] = []
+        for i in new:
+            if runs and (sequence[row][i], block[row][i]) == (sequence[row][runs[-1][-1]], block[row][runs[-1][-1]]):
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        for run in runs:
+            seen = [i for i in present if i <= run[-1] and sequence[row][i] == sequence[row][run[0]]]
+            queries = [row * count + i - past for i in run]
+            entries[block[row][run[0]] < 0].append((queries, [row * keys + i for i in seen]))
+    device = layout.position_ids.device
+    calls = [_flash_call(causal, entries[causal], device) for causal in (False, True) if entries[causal]]
+    return FlashPlan(calls, kernel)
+
+
+def _flash_call(causal: bool, entries: list[tuple[list[int], list[int]]], device: torch.device) -> FlashCall:
+    def flat(lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        lengths = [len(one) for one in lists]
+        index = torch.tensor([i for one in lists for i in one], dtype=torch.int64, device=device)
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        return index, offsets, max(lengths)
+
+    query_index, query_offsets, max_queries = flat([queries for queries, _ in entries])
+    key_index, key_offsets, max_keys = flat([keys for _, keys in entries])
+    return FlashCall(causal, query_index, key_index, query_offsets, key_offsets, max_queries, max_keys)
 
 
 # ---- attention itself --------------------------------------------------------------------------------------------
@@ -384,7 +389,7 @@ def attend(
         output, weights = _eager(plan, query, key, value, scaling, dropout)
         return gated(output, gate), weights
     if plan.backend == FLASH:
-        return gated(flash_attend(plan.flash, query, key, value, scaling, dropout), gate), None
+        return gated(_flash(plan.flash, query, key, value, scaling, dropout), gate), None
     if plan.backend == "flex_attention":
         return gated(_flex(plan, query, key, value, scaling, dropout, module).transpose(1, 2), gate), None
     parts = [part.transpose(1, 2) for part in _sdpa(plan, query, key, value, scaling, dropout)]
@@ -394,6 +399,11 @@ def attend(
     # joined besides, for the gate.
     gates = gate.split([part.shape[1] for part in parts], dim=1)
     return torch.cat([gated(*pair) for pair in zip(parts, gates)], dim=1), None
+
+
+def gated(output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """output * sigmoid(gate), of one shape."""
+    return fused_gate(output, gate) if serves(output) and serves(gate) else output * gate.sigmoid()
 
 
 def _sdpa(
@@ -459,4 +469,49 @@ def _eager(
     return (weights @ value).transpose(1, 2), weights
 
 
-__all__ = ["AttentionPlan", "attend", "plan_attention", "prepare_attention", "visibility"]
+def _flash(
+    plan: FlashPlan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Attention through the calls of the plan; padded queries give zeros.
+
+    Args:
+        plan: of `plan_flash`.
+        query: [batch, heads, queries, head_dim].
+        key, value: [batch, heads, keys, head_dim].
+        scaling: factor on the scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        [batch, queries, heads, head_dim].
+    """
+    batch, heads, queries, head_dim = query.shape
+    flat_query = query.transpose(1, 2).reshape(-1, heads, head_dim)
+    flat_key = key.transpose(1, 2).reshape(-1, heads, head_dim)
+    flat_value = value.transpose(1, 2).reshape(-1, heads, head_dim)
+    output = torch.zeros_like(flat_query)
+    for call in plan.calls:
+        part = plan.kernel(
+            flat_query[call.query_index],
+            flat_key[call.key_index],
+            flat_value[call.key_index],
+            cu_seqlens_q=call.query_offsets,
+            cu_seqlens_k=call.key_offsets,
+            max_seqlen_q=call.max_queries,
+            max_seqlen_k=call.max_keys,
+            softmax_scale=scaling,
+            causal=call.causal,
+            **({"dropout_p": dropout} if dropout else {}),
+        )
+        part = part[0] if isinstance(part, tuple) else part
+        output = output.index_copy(0, call.query_index, part)
+    return output.view(batch, queries, heads, head_dim)
+
+
+__all__ = [
+    "AttentionPlan",
+    "attend",
+    "choose_backend",
+    "plan_attention",
+    "plan_whole_mask",
+    "visibility",
+]
