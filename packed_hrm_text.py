@@ -1,78 +1,197 @@
 """Linear layers whose weights lie in oneDNN's packed layout, which the processor reads at memory speed.
 
-A packed weight is the only copy: `state_dict()`, pickling and `unpack_linear` lay it out plainly again, bit for bit.
+A packed weight is the only copy of its values, and its Parameter stays the object that it was. Every use of the values
+from outside lays it out plainly again, bit for bit. With `kernels_hrm_text.py` switched off, nothing is packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.utils import logging
 
-from .timing_hrm_text import least_seconds
+from .kernels_hrm_text import is_eager, is_enabled, least_seconds
 
+
+logger = logging.get_logger(__name__)
 
 # A shape keeps the plain layout only where that is faster by more than this: timings of a shared machine scatter, and
 # where packing does not pay it costs little.
 _TOLERATED = 1.25
-_TIMED_RUNS = 21
+_TIMED_PACKED_RUNS = 21
+_layout_lock = threading.RLock()
+
+
+class PackedParameter(nn.Parameter):
+    """The weight of a packed layer: the same Parameter object, whose only values lie in oneDNN's packed layout.
+
+    Its shape, dtype, flags and gradient are as ever. Whatever else is done with it (an optimizer's step, a merge of
+    adapters, a pruning, a read of its values) first lays it out plainly again, bit for bit, and then sees an ordinary
+    `nn.Parameter` in an ordinary `nn.Linear`.
+    """
+
+    _packed: torch.Tensor
+    _layer: weakref.ref
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _FACTS:
+            for weight in _packed_among((args, kwargs)):
+                lay_out(weight)
+                logger.warning_once(
+                    "the values of a packed weight were used, so its layer is an ordinary one again; "
+                    "`optimize_for_inference()` packs it anew."
+                )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        lay_out(self)
+        return nn.Parameter.__deepcopy__(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        lay_out(self)
+        return nn.Parameter.__reduce_ex__(self, protocol)
+
+
+# What can be asked of a packed parameter, or be set, without its values.
+_KNOWN = ("shape", "dtype", "device", "layout", "ndim", "is_leaf", "is_meta", "is_cuda", "is_sparse", "is_quantized")
+_KNOWN += ("grad_fn", "requires_grad", "grad", "is_nested", "_backward_hooks", "is_mkldnn")
+_FACTS = {getattr(torch.Tensor, name).__get__ for name in _KNOWN}
+_FACTS |= {getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad")} | {torch.Tensor.grad.__delete__}
+_FACTS |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size}
+_FACTS |= {torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.requires_grad_, torch.Tensor.__len__}
+_FACTS |= {torch.Tensor.is_inference, torch.is_floating_point, torch.is_complex, torch.numel}
+
+
+def _packed_among(arguments: Any) -> Iterator[PackedParameter]:
+    if type(arguments) is PackedParameter:
+        yield arguments
+    elif isinstance(arguments, (tuple, list)):
+        for argument in arguments:
+            yield from _packed_among(argument)
+    elif isinstance(arguments, dict):
+        yield from _packed_among(list(arguments.values()))
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` without gradient for its weight, which is an opaque tensor of layout `torch._mkldnn`.
+    """An `nn.Linear` whose weight is a `PackedParameter`.
 
-    Made by `pack_linear`, in place. Moving or casting the module unpacks the weight, and packs it again where that is
-    still of use; loading a state dict does so too.
+    Moving or casting it, loading a state dict, copying and unpickling pack anew where that is still of use.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        weight = self.weight
-        if input.dtype is not weight.dtype or (torch.is_grad_enabled() and input.requires_grad) or input.numel() == 0:
-            return F.linear(input, weight.to_dense(), self.bias)
-        return torch.ops.mkldnn._linear_pointwise.default(input, weight, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(self, input)
+        weight = self._parameters["weight"]
+        if not is_eager() or type(input) is not torch.Tensor:
+            lay_out(weight)
+        packed = getattr(weight, "_packed", None)
+        if packed is None:  # laid out plainly, or another weight has been put in its place
+            return F.linear(input, weight, self.bias)
+        if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+            output = _PackedProduct.apply(input, weight, packed)
+            return output if self.bias is None else output + self.bias
+        return _multiply(input, packed, self.bias)
+
+    def _plain_members(self) -> dict[str, Any]:
+        """The attributes of the ordinary layer, with a copy of the weight."""
+        weight = self._parameters["weight"]
+        packed = getattr(weight, "_packed", None)
+        if packed is not None:
+            weight = nn.Parameter(packed.to_dense(), requires_grad=weight.requires_grad)
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight.to_dense()
+        plain = nn.Linear.__new__(nn.Linear)
+        plain.__dict__ = self._plain_members()
+        if keep_vars:  # the caller wants the parameters themselves
+            lay_out(self._parameters["weight"])
+            plain = self
+        nn.Linear._save_to_state_dict(plain, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        unpack_linear(self)
-        nn.Linear._load_from_state_dict(self, *args, **kwargs)
-        pack_linear(self)
+        self._repack_after(nn.Linear._load_from_state_dict, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        unpack_linear(self)
-        nn.Linear._apply(self, fn, recurse)
-        if can_pack(self):
-            pack_linear(self)
+        self._repack_after(nn.Linear._apply, fn, recurse)
         return self
 
+    def _repack_after(self, change: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        lay_out(self._parameters["weight"])
+        change(self, *args, **kwargs)
+        if can_pack(self):
+            pack_linear(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-        state["_parameters"] = {**state["_parameters"], "weight": weight}
-        return state
+        return self._plain_members()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.weight = nn.Parameter(_packed(self.weight.detach()), requires_grad=False)
+        self.__class__ = nn.Linear
+        if can_pack(self):
+            pack_linear(self)
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
+@torch.compiler.disable
+def _outside_of_graphs(layer: PackedLinear, input: torch.Tensor) -> torch.Tensor:
+    return nn.Linear.forward(layer, input) if type(layer) is not PackedLinear else layer.forward(input)
+
+
+def _multiply(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    fits = input.dtype is packed.dtype and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    if not fits or not is_enabled():
+        return F.linear(input, packed.to_dense(), bias)
+    return torch.ops.mkldnn._linear_pointwise.default(input, packed, bias, "none", [], "")
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Keeps no plain weight for backward: laying it out anew costs time and no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.packed = packed
+        return _multiply(input, packed, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        input, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for derivatives of derivatives
+            lay_out(weight)
+            plain = weight
+        else:
+            plain = ctx.packed.to_dense()
+        of_input = (grad @ plain.to(grad.dtype)).to(input.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad.flatten(0, -2).mT @ input.to(grad.dtype).flatten(0, -2)).to(plain.dtype)
+        return of_input, of_weight, None
+
+
+def _packed_form(weight: torch.Tensor) -> torch.Tensor:
     # No batch size is given: the layout then suits one row as well as a whole prompt.
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def can_pack(module: nn.Module) -> bool:
     """Whether the module is a plain linear layer on the CPU of a dtype that this torch and processor pack."""
-    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    # Layers of quantizers, adapters and parametrizations have other types, of the layer or of its weight.
+    if type(module) not in (nn.Linear, PackedLinear) or "forward" in vars(module):
         return False
-    weight = module.weight
+    weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.layout is not torch.strided:
+        return False
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or weight.is_inference():
         return False
     if weight.dtype is torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -80,17 +199,34 @@ def can_pack(module: nn.Module) -> bool:
 
 
 def pack_linear(module: nn.Linear) -> None:
-    """Replaces the weight by its packed form; the plain one is freed."""
+    """Packs the weight; the Parameter object stays the same, and its plain values are freed."""
     weight = module.weight
-    module._weight_requires_grad = weight.requires_grad
-    module.weight = nn.Parameter(_packed(weight.detach()), requires_grad=False)
-    module.__class__ = PackedLinear
+    with _layout_lock, torch.inference_mode(False), torch.no_grad():
+        packed = _packed_form(weight.detach())
+        # One number stands for all, so that shape and dtype are told rightly and no memory is held.
+        weight.data = torch.full((1, 1), float("nan"), dtype=weight.dtype).expand(weight.shape)
+        weight._packed, weight._layer = packed, weakref.ref(module)
+        weight.__class__, module.__class__ = PackedParameter, PackedLinear
 
 
-def unpack_linear(module: PackedLinear) -> None:
-    """Reverses `pack_linear`."""
-    module.__class__ = nn.Linear
-    module.weight = nn.Parameter(module.weight.to_dense(), requires_grad=module.__dict__.pop("_weight_requires_grad"))
+def lay_out(weight: torch.Tensor) -> None:
+    """Reverses `pack_linear`, whatever mode or transform of torch is active; other tensors are left as they are."""
+    with _layout_lock:
+        if type(weight) is not PackedParameter:
+            return
+        with (
+            temporarily_clear_interpreter_stack(),
+            _disable_current_modes(),
+            torch._C.DisableTorchFunctionSubclass(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            weight.data = weight._packed.to_dense()
+        layer = weight._layer()
+        weight.__class__ = nn.Parameter
+        del weight._packed, weight._layer
+        if type(layer) is PackedLinear:
+            layer.__class__ = nn.Linear
 
 
 @torch.no_grad()
@@ -98,50 +234,55 @@ def packing_pays(weight: torch.Tensor) -> bool:
     """Whether one row times this weight is right and not slower in the packed layout, measured in milliseconds."""
     row = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32).to(weight.dtype)[None]
     try:
-        packed = _packed(weight)
+        packed = _packed_form(weight)
         if not torch.equal(packed.to_dense(), weight):
             return False
-        runs = (
-            lambda: F.linear(row, weight),
-            lambda: torch.ops.mkldnn._linear_pointwise.default(row, packed, None, "none", [], ""),
-        )
+        runs = (lambda: F.linear(row, weight), lambda: _multiply(row, packed, None))
         plain, ours = (run().float() for run in runs)
     except (AttributeError, RuntimeError):
         return False
     if not torch.allclose(plain, ours, rtol=2e-2, atol=2e-2 * float(plain.abs().max())):
         return False
-    plain_seconds, packed_seconds = least_seconds(runs, times=_TIMED_RUNS)
+    plain_seconds, packed_seconds = least_seconds(runs, times=_TIMED_PACKED_RUNS)
     return packed_seconds <= plain_seconds * _TOLERATED
 
 
 def packable(model: nn.Module) -> Iterator[nn.Linear]:
-    """Linear layers of the model that can be packed; a weight that another module shares stays plain."""
+    """Linear layers of the model that can be packed; a weight whose memory another parameter shares stays plain."""
+
+    def place(weight: nn.Parameter) -> int:
+        return (weight.data_ptr() if type(weight) is nn.Parameter else 0) or id(weight)
+
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+            owners[place(parameter)] = owners.get(place(parameter), 0) + 1
     for module in model.modules():
-        if can_pack(module) and owners[id(module.weight)] == 1:
+        if can_pack(module) and owners[place(module.weight)] == 1:
             yield module
 
 
 def pack_model(model: nn.Module) -> int:
-    """Packs the linear layers for which it pays, one at a time; returns how many there are now."""
+    """Packs the linear layers for which it pays, one at a time; returns how many are packed now."""
     pays: dict[tuple[Any, ...], bool] = {}
-    for module in packable(model):
+    for module in packable(model) if is_enabled() else ():
         key = (module.weight.shape, module.weight.dtype)
         if key not in pays:
             pays[key] = packing_pays(module.weight.detach())
         if pays[key]:
             pack_linear(module)
-    return sum(isinstance(module, PackedLinear) for module in model.modules())
+    return sum(type(parameter) is PackedParameter for parameter in model.parameters())
 
 
 def unpack_model(model: nn.Module) -> None:
     """Reverses `pack_model`."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            unpack_linear(module)
+    for parameter in model.parameters():
+        lay_out(parameter)
 
 
-__all__ = ["PackedLinear", "can_pack", "pack_linear", "pack_model", "packable", "packing_pays", "unpack_model"]
+def is_packed(model: nn.Module) -> bool:
+    """Whether a layer of the model is packed."""
+    return any(type(parameter) is PackedParameter for parameter in model.parameters())
+
+
+__all__ = ["PackedLinear", "is_packed", "lay_out", "pack_linear", "pack_model", "packable", "unpack_model"]

@@ -13,7 +13,7 @@ from .tiny import tiny_model
 
 @pytest.fixture
 def module(monkeypatch):
-    module = sibling(tiny_model(), "one_row_hrm_text")
+    module = sibling(tiny_model(), "kernels_hrm_text")
     monkeypatch.setattr(module, "vector_is_faster", lambda outputs, inputs, threads: True)
     monkeypatch.setattr(module, "_LEAST_ELEMENTS", 1)
     return module
@@ -38,7 +38,7 @@ def test_it_is_as_exact_as_the_stock_call(module, products, shape):
     linear = layer()
     x = torch.randn(*shape, 1536).to(torch.bfloat16)
     exact = F.linear(x.double(), linear.weight.double())
-    got, stock = module.project(linear, x), linear(x)
+    got, stock = module.linear(linear, x), linear(x)
     assert len(products) == 1 and got.shape == stock.shape and got.dtype is stock.dtype
     error, of_stock = ((y.double() - exact).norm() / exact.norm() for y in (got, stock))
     assert error < 1.1 * of_stock
@@ -78,14 +78,14 @@ def _biased(linear):
 def test_whatever_is_more_than_the_product_is_called(module, products, change):
     linear = change(layer())
     x = torch.randn(1, 1, 1536).to(torch.bfloat16)
-    assert torch.equal(module.project(linear, x), linear(x)) and not products
+    assert torch.equal(module.linear(linear, x), linear(x)) and not products
 
 
 def test_hooks_of_all_modules_are_called(module, products):
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
     try:
-        module.project(layer(), torch.randn(1, 1536).to(torch.bfloat16))
+        module.linear(layer(), torch.randn(1, 1536).to(torch.bfloat16))
     finally:
         handle.remove()
     assert len(seen) == 1 and not products
@@ -93,16 +93,16 @@ def test_hooks_of_all_modules_are_called(module, products):
 
 def test_when_it_does_not_serve(module, products):
     linear, x = layer(), torch.randn(1, 1, 1536).to(torch.bfloat16)
-    module.project(linear, x.expand(1, 2, 1536))
-    module.project(layer().float(), x.float())
-    module.project(linear, x.clone().requires_grad_())
+    module.linear(linear, x.expand(1, 2, 1536))
+    module.linear(layer().float(), x.float())
+    module.linear(linear, x.clone().requires_grad_())
     torch.use_deterministic_algorithms(True)
     try:
-        module.project(linear, x)
+        module.linear(linear, x)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not products
-    module.project(linear, x)
+    module.linear(linear, x)
     assert len(products) == 1
 
 
@@ -122,7 +122,7 @@ def test_decoding_takes_it_and_answers_the_same(module, products):
 
 
 def test_the_choice_is_measured_once():
-    module = sibling(tiny_model(), "one_row_hrm_text")
+    module = sibling(tiny_model(), "kernels_hrm_text")
     threads = torch.get_num_threads()
     first = module.vector_is_faster(64, 64, threads)
     assert isinstance(first, bool) and module.vector_is_faster(64, 64, threads) is first

@@ -12,7 +12,7 @@ from .tiny import tiny_model
 
 @pytest.fixture(scope="module")
 def module():
-    return sibling(tiny_model(), "single_query_hrm_text")
+    return sibling(tiny_model(), "kernels_hrm_text")
 
 
 def drawn(batch: int, keys: int, dtype: torch.dtype):
