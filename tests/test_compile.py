@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from .one_answer_models import one_answer_model
-from .tiny import tiny_model
+from .tiny import load_class, tiny_model
 
 
 IDS = torch.tensor([[6, 20, 31, 42, 7], [6, 9, 55, 60, 7]])
@@ -65,7 +65,7 @@ def test_compilation_ends_with_the_call():
     compiled_generate(model, backend="eager")
     # By this, transformers' own tests tell that `generate` has compiled.
     assert callable(model._compiled_call)
-    assert model.model.L_module.compile_options is None
+    assert not load_class("inference_hrm_text.compiles_layers")()
     torch._dynamo.reset()
     counters.clear()
     cache = StaticCache(config=model.config, max_cache_len=16)
@@ -83,6 +83,19 @@ def test_the_prefill_is_not_compiled():
     shapes = [tuple(node.meta["example_value"].shape) for node in inputs if "example_value" in node.meta]
     assert (2, 1, model.config.hidden_size) in shapes
     assert (2, 5, model.config.hidden_size) not in shapes
+
+
+def test_options_of_a_backend_choose_one_compiled_layer():
+    model = one_answer_model()
+    compiling_layers = load_class("inference_hrm_text.compiling_layers")
+    compiled_layer = load_class("inference_hrm_text.compiled_layer")
+    cache, layer = StaticCache(config=model.config, max_cache_len=16), model.model.L_module.layers[0]
+    assert compiled_layer(layer, cache) is None
+    made = []
+    for size in (1, 2, 1):
+        with compiling_layers({"dynamic": False, "options": {"max_autotune": False, "aggressive_fusion": size > 1}}):
+            made.append(compiled_layer(layer, cache))
+    assert callable(made[0]) and made[0] is made[2] and made[0] is not made[1]
 
 
 @pytest.mark.slow
