@@ -1,14 +1,15 @@
-"""What `generate` has to know about prefix blocks.
+"""The entrance of `generate`, and its hooks.
 
 `generate` of transformers treats `token_type_ids` as something that grows with the text: it copies the last type onto
 every new token, hands the grown types to assistants, and cuts a long prompt wherever a chunk ends. A prefix block
-stands none of that. So the layout of the prompt is taken out at the entrance, once, and travels through `generate`
-under a name of its own, `prompt_token_types` [batch, prompt], which beams expand and assistants inherit. Every forward
-call gets the slice that belongs to its tokens; generated tokens are never prefix.
+stands none of that. So the layout of the prompt is taken out at the entrance, once, and travels through `generate` as
+`prompt_layout`, which assistants inherit. Every forward call gets what belongs to its tokens under a name of its own;
+generated tokens are never prefix.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
@@ -17,9 +18,19 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .blocks_hrm_text import find_sequences, infer_token_type_ids
-from .cache_hrm_text import HrmTextCache
-from .layout_hrm_text import CacheRecord, refuse_split_envelope, warn_types_are_ignored
+from .cache_hrm_text import Facts, History, HrmTextCache
+from .layout_hrm_text import PromptLayout, StepLayout, choose_cuts, find_sequences, last_true
+from .reading_hrm_text import (
+    Call,
+    follow_changes,
+    infers_blocks,
+    last_border,
+    read_prompt,
+    read_step,
+    warn_nothing_says_what_is_prompt,
+    warn_types_are_ignored,
+    warn_without_block,
+)
 from .versions_hrm_text import (
     CACHE_NAME,
     NO_CONTINUOUS_BATCHING,
@@ -43,12 +54,14 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
         Args:
             inputs: token ids [batch, prompt]; `input_ids=` or `inputs_embeds=` serve as well.
-            token_type_ids: int [batch, prompt], 1 inside prefix blocks. None means that the blocks are inferred
-                where `config.prefix_end_token_id` is set.
+            token_type_ids: int [batch, prompt], 1 inside prefix blocks, 2 where one opens directly behind another.
+                None means that the blocks are inferred where `config.prefix_end_token_id` is set.
             past_key_values: a cache that holds the beginning of the conversation; `cache` is another name for it.
-                `input_ids` are then the whole conversation (an `attention_mask` is as long, or absent), or only what
-                follows (an `attention_mask` covers cache and input; without one, ids no longer than the cache are
-                taken so). `token_type_ids` may cover the conversation or only what is new.
+                `input_ids` are then the whole conversation, if they begin with the cached ids, and else only what
+                follows. Ids that resemble the cached ones without beginning with them are refused, unless an
+                `attention_mask` that covers cache and input says that they follow. `token_type_ids` may cover the
+                conversation or only what is new. A cache that was cropped inside a block which goes on otherwise now
+                is cropped to where the block begins.
             args, kwargs: everything else that transformers' `generate` takes.
 
         Returns:
@@ -56,23 +69,24 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 
         Raises:
             ValueError: `token_type_ids` or `attention_mask` of another shape than the tokens, a cache that holds the
-                whole input already or has too few positions, a mode that cannot be served (the message says what to
-                use instead).
+                whole input already, other tokens than the input begins with, or too few positions, a mode that cannot
+                be served (the message says what to use instead).
         """
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        if kwargs.get("max_length") is not None and kwargs.get("generation_config") is None:
+            # The library would let the folder's `max_new_tokens` win over what the caller says (lm-eval says it so).
+            kwargs.setdefault("max_new_tokens", None)
         self._take_out_layout(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _take_out_layout(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Replaces `token_type_ids` in `kwargs` by `prompt_token_types`, int64 [batch, cached + new prompt tokens]."""
-        if kwargs.get("prompt_token_types") is not None:
-            # A call from inside `generate`: the main model hands its layout to an assistant.
-            kwargs.pop("token_type_ids", None)
-            return
+        """Replaces `token_type_ids` in `kwargs` by `prompt_layout`, the types of cached and new prompt tokens."""
         types = kwargs.pop("token_type_ids", None)
-        end = self.config.prefix_end_token_id if self.config.prefix_lm else None
+        if kwargs.get("prompt_layout") is not None:
+            # A call from inside `generate`: the main model hands its layout to an assistant.
+            return
         if types is not None and not self.config.prefix_lm:
             warn_types_are_ignored()
             types = None
@@ -81,59 +95,91 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         tokens = input_ids if embeds is None else embeds
         if tokens is None:
             # The library starts from a lone bos token, which is no block.
-            if end is not None:
-                kwargs["prompt_token_types"] = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            kwargs["prompt_layout"] = PromptLayout(nothing, stated=True, padded=False)
             return
-        batch, given = tokens.shape[:2]
-        cache = kwargs.get(CACHE_NAME)
+        kwargs["prompt_layout"] = self._read_prompt(tokens, input_ids, types, kwargs)
+
+    def _read_prompt(
+        self,
+        tokens: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        types: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> PromptLayout:
+        """The types of cached and new prompt tokens; completes mask and positions, and cuts a cache, where it must.
+
+        Args:
+            tokens: ids [batch, given] or embeddings [batch, given, hidden].
+            input_ids: where they are known.
+            types: `token_type_ids` as they were given.
+            kwargs: of `generate`.
+        """
+        cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         past = int(cached_length(cache))
-        whole = _holds_whole_conversation(given, past, kwargs.get("attention_mask"))
-        if embeds is not None and not whole:
+        # A cache for beams holds several rows for each row of the prompt.
+        copies = _copies_of_rows(cache, tokens.shape[0])
+        ids = input_ids if input_ids is not None and input_ids.shape[:2] == tokens.shape[:2] else None
+        ids, mask, types = (_repeated(tensor, copies) for tensor in (ids, mask, types))
+        batch, given = tokens.shape[0] * copies, tokens.shape[1]
+        if past:
+            follow_changes(cache, batch)
+            _refuse_packed(cache, past)
+        whole = _holds_whole_conversation(ids, (batch, given), cache, mask)
+        if ids is None and not whole:
             raise ValueError(
                 f"`inputs_embeds` holds {given} tokens and the cache {past}: give the embeddings of the whole "
                 "conversation, the cached tokens too, or `input_ids`."
             )
-        total = given if whole else past + given
-        if not whole and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones(batch, total, dtype=torch.long, device=tokens.device)
-        mask = kwargs.get("attention_mask")
-        mask = mask if mask is not None and mask.shape == (batch, total) else None
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = _checked_positions(kwargs["position_ids"], given, total, mask)
-        if types is None and end is None:
-            return
-
-        covers_all = whole
         if types is not None:
             types = _checked_types(types, batch, given, past, whole)
-            covers_all = types.shape[1] == total
-        elif input_ids is not None and input_ids.shape[1] == given:
-            new_mask = mask[:, -given:] if mask is not None else None
-            types = infer_token_type_ids(input_ids, self.config.bos_token_id, end, new_mask)
-            if not whole:
-                refuse_split_envelope(input_ids, end, new_mask, None, CacheRecord.of(cache, past, batch))
-        else:
-            types = torch.zeros(batch, given, dtype=torch.long, device=tokens.device)
-        types = F.pad((types == 1).long(), (total - types.shape[1], 0))
-        if mask is not None:
-            types = types * (mask != 0).to(types.device)
-        if past and covers_all and CacheRecord.is_current(cache, past, batch):
-            _refuse_block_across(types, mask, past)
-        kwargs["prompt_token_types"] = types
-        if end is not None and past == 0:
-            self._warn_without_block(types, mask)
+            _refuse_other_types(types, cache, past, given if whole else past + given)
+        if whole and past and ids is not None:
+            border = last_border(cache, ids.to(self.device))
+            if border < past:
+                if types is not None and types.shape[1] < given:
+                    types = torch.cat([History.of(cache).facts(border, past).types.to(types), types], dim=1)
+                cache.crop(border - past)
+                past = border
+        new = given - past if whole else given
+        if not whole and (mask is None or mask.shape[1] == given):
+            mask = _continued_mask(cache, past, (batch, given), mask, tokens.device)
+            kwargs["attention_mask"] = mask[::copies]
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = _checked_positions(kwargs["position_ids"], given, past + new, mask)
+        elif past:
+            positions = _continued_positions(cache, past, new, mask)
+            if positions is not None:
+                kwargs["position_ids"] = positions[::copies]
+        new_ids, new_types = (None if tensor is None else tensor[:, -new:] for tensor in (ids, types))
+        shape = (batch, new)
+        call = Call(shape, tokens.device, new_ids, mask, token_type_ids=new_types, cache=cache)
+        layout = read_prompt(self.config, call)
+        history = History.of(cache)
+        layout.padded = layout.padded or (history is not None and history.padded is not False)
+        layout.types = F.pad(layout.types, (past, 0))
+        if past == 0:
+            self._warn_of_prompt(layout.types, mask)
+            if types is None and self.config.prefix_lm and not self.config.prefix_end:
+                warn_nothing_says_what_is_prompt()
+        return layout
 
-    def _warn_without_block(self, types: torch.Tensor, mask: torch.Tensor | None) -> None:
-        without = ~types.any(dim=1)
+    def _warn_of_prompt(self, types: torch.Tensor, mask: torch.Tensor | None) -> None:
+        without = ~(types > 0).any(dim=1)
         if mask is not None:
             without = without & (mask != 0).any(dim=1).to(without.device)
-        if bool(without.any()):
-            logger.warning_once(
-                "The prompt holds no prefix block, so HRM-Text reads it causally and answers much worse. It expects "
-                f"the envelope <|im_start|> (id {self.config.bos_token_id}) + condition + text + <|im_end|> (id "
-                f"{self.config.prefix_end_token_id}), which `tokenizer.encode_prompt` and "
-                "`tokenizer.apply_chat_template` write, or `token_type_ids` with 1 on the tokens of the prompt."
-            )
+            if bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
+                logger.warning_once(
+                    "The prompts are padded on the right, so that `generate` goes on after padding and answers worse: "
+                    "pad on the left (`tokenizer.padding_side = 'left'`)."
+                )
+        if infers_blocks(self.config) and bool(without.any()):
+            warn_without_block(self.config)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Adapters put a `prepare_inputs_for_generation` of theirs before ours, which does not name it.
+        named = {name: value for name, value in model_kwargs.items() if name != "prompt_layout"}
+        super()._validate_model_kwargs(named)
 
     # ---- from step to step -------------------------------------------------------------------------------------
 
@@ -142,32 +188,31 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         input_ids: torch.Tensor,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        prompt_token_types: torch.Tensor | None = None,
+        prompt_layout: PromptLayout | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of one forward call, with explicit `token_type_ids` [batch, new tokens]."""
+        """The arguments of one forward call, with what is known of its tokens."""
         cache = one_cache(past_key_values, cache)
-        kwargs = self.prepare_step(input_ids, cache, prompt_token_types, inputs_embeds, kwargs)
+        length = self.known_length({**kwargs, "prompt_layout": prompt_layout})
+        kwargs = self.prepare_step(input_ids, cache, length, inputs_embeds, kwargs)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
-        if prompt_token_types is None:
+        if prompt_layout is None:
             return model_inputs
         new = model_inputs.get("inputs_embeds")
         new = model_inputs["input_ids"] if new is None else new
         rows, count = new.shape[:2]
         start = self._first_new_position(count, cache, kwargs)
-        end, prompt = start + count, prompt_token_types.shape[1]
-        if start >= prompt:
-            types = torch.zeros(rows, count, dtype=torch.long, device=new.device)
+        if start < prompt_layout.types.shape[1] or cache is None:
+            model_inputs["layout"] = prompt_layout.part(start, count, rows)
         else:
-            types = F.pad(prompt_token_types, (0, max(0, end - prompt)))[:, start:end].expand(rows, -1)
-            # Always of one stride, on which compiled graphs depend.
-            types = types.to(new.device).clone(memory_format=torch.contiguous_format)
-        model_inputs["token_type_ids"] = types
-        # Generated tokens are one causal sequence: nothing about them has to be read from the device.
-        model_inputs["trusted_layout"] = start >= prompt
+            model_inputs["layout"] = StepLayout(prompt_layout.padded)
+        if "prepare_inputs_for_generation" in vars(self):
+            # An adapter stands before this method, and puts its virtual tokens where it finds the older names.
+            model_inputs["past_key_values"] = model_inputs.pop(CACHE_NAME, None)
+            model_inputs["cache_position"] = torch.arange(start, start + count, device=new.device)
         return model_inputs
 
     @staticmethod
@@ -210,19 +255,42 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         wanted = generation_config.use_cache is not False and (cache is None or type(cache) is DynamicCache)
         if given is None and default and wanted:
             model_kwargs[CACHE_NAME] = HrmTextCache(config=self.config)
+        captured = self._captured_cache(generation_config, given)
+        if captured is not None:
+            model_kwargs[CACHE_NAME] = captured
         capacity = static_capacity(cache)
         if capacity is None or generation_config.max_length is None:
             return
         needed = generation_config.max_length - 1
         if generation_config.max_new_tokens is not None:
-            known = [model_kwargs.get(name) for name in ("prompt_token_types", "attention_mask", "position_ids")]
-            prompt = max((value.shape[1] for value in known if value is not None), default=0)
-            needed = max(needed, prompt + generation_config.max_new_tokens - 1)
+            needed = max(needed, self.known_length(model_kwargs) + generation_config.max_new_tokens - 1)
         if needed > capacity:
             raise ValueError(
                 f"the static cache holds {capacity} positions and this call may need {needed}: create it with "
                 f"`max_cache_len={needed}` or more, or lower `max_new_tokens`."
             )
+
+    @staticmethod
+    def _reorder_cache(cache: Any, beam_idx: torch.Tensor) -> Any:
+        """Takes the rows of the beams, and with them the history of a cache that does not carry it along itself."""
+        cache.reorder_cache(beam_idx)
+        history = History.of(cache)
+        if history is not None and not isinstance(cache, HrmTextCache):
+            history.select(beam_idx)
+        return cache
+
+    @staticmethod
+    def _note_captured_step(
+        cache: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        """Tells the history of a cache what a captured step has just appended; reads nothing from the device."""
+        start = cache.get_seq_length() - 1
+        call = Call(tuple(input_ids.shape), input_ids.device, input_ids, attention_mask, position_ids, cache=cache)
+        read_step(call, StepLayout(padded=False), start)
+        History.of(cache).note_marks(cache, start, start + 1)
 
     # ---- chunked prefill ---------------------------------------------------------------------------------------
 
@@ -239,22 +307,20 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             How many tokens are left for the last chunk, at least one.
         """
         cache = model_kwargs[CACHE_NAME]
-        start, new = int(cached_length(cache)), tokens.shape[1]
+        (rows, new), start = tokens.shape[:2], int(cached_length(cache))
         total = start + new
-        types = model_kwargs.get("prompt_token_types")
-        mask = model_kwargs.get("attention_mask")
+        prompt, mask = model_kwargs.get("prompt_layout"), model_kwargs.get("attention_mask")
         positions = model_kwargs.get("position_ids")
         if positions is None and mask is not None:
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        if types is not None:
-            types = F.pad(types, (0, max(0, total - types.shape[1])))[:, :total].expand(tokens.shape[0], -1)
+        types = None if prompt is None else prompt.part(0, total, rows).types
         name = "input_ids" if tokens.ndim == 2 else "inputs_embeds"
 
         cuts = choose_cuts(types, mask, start, total, chunk_size)
         for begin, end in zip([start, *cuts], cuts):
             call = {name: tokens[:, begin - start : end - start], CACHE_NAME: cache, "use_cache": True}
-            if types is not None:
-                call["token_type_ids"] = types[:, begin:end]
+            if prompt is not None:
+                call["layout"] = prompt.part(begin, end - begin, rows)
             if mask is not None:
                 call["attention_mask"] = mask[:, :end]
             if positions is not None:
@@ -274,9 +340,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                 "as logits. Use `prompt_lookup_num_tokens`, or a smaller HRM-Text as `assistant_model`."
             )
         model_kwargs = kwargs["model_kwargs"]
-        lengths = [model_kwargs.get(name) for name in ("prompt_token_types", "attention_mask", "position_ids")]
-        beyond = any(value is not None and value.shape[1] > input_ids.shape[1] for value in lengths)
-        if model_kwargs.get("inputs_embeds") is not None or beyond:
+        if model_kwargs.get("inputs_embeds") is not None or self.known_length(model_kwargs) > input_ids.shape[1]:
             raise ValueError(
                 "assisted decoding needs the ids of the whole conversation, since drafts are compared with them: "
                 "pass `input_ids` in full (no `inputs_embeds`, and not only the tokens that follow the cache), or "
@@ -285,11 +349,11 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         assistant = kwargs.get("assistant_model")
         tokenizers = (kwargs.get("target_tokenizer"), kwargs.get("assistant_tokenizer"))
         if assistant is not None and not _takes_layout(assistant):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "prompt_token_types"}
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "prompt_layout"}
         elif assistant is not None and all(tokenizer is not None for tokenizer in tokenizers):
             # Another vocabulary: the prompt reaches the assistant as plain text, without its envelope.
             nothing = torch.zeros(1, 0, dtype=torch.long, device=input_ids.device)
-            model_kwargs = {**model_kwargs, "prompt_token_types": nothing}
+            model_kwargs = {**model_kwargs, "prompt_layout": PromptLayout(nothing, stated=True, padded=False)}
         return super()._get_candidate_generator(
             generation_config, input_ids, *args, **{**kwargs, "model_kwargs": model_kwargs}
         )
@@ -316,89 +380,117 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
-def refuse_paged_call(arguments: dict[str, Any]) -> None:
-    """Refuses a forward call by the continuous batching of transformers, given the arguments that forward names not.
+def _copies_of_rows(cache: Any, batch: int) -> int:
+    """How many rows of a cache there are for each row of the prompt."""
+    history = History.of(cache)
+    rows = batch if history is None or not int(cached_length(cache)) else history.rows
+    return rows // batch if rows > batch and rows % batch == 0 else 1
+
+
+def _repeated(tensor: torch.Tensor | None, copies: int) -> torch.Tensor | None:
+    return tensor if tensor is None or copies == 1 else tensor.repeat_interleave(copies, dim=0)
+
+
+def _holds_whole_conversation(
+    ids: torch.Tensor | None, shape: tuple[int, int], cache: Any, mask: torch.Tensor | None
+) -> bool:
+    """Whether the tokens of this shape include those of the cache, rather than only what follows them.
 
     Raises:
-        ValueError: they say where a paged cache is read and written.
+        ValueError: it cannot be told, or the tokens go on from other ones than the cache holds.
     """
-    if arguments.get("read_index") is not None or arguments.get("write_index") is not None:
-        raise ValueError(NO_CONTINUOUS_BATCHING)
-
-
-def choose_cuts(
-    types: torch.Tensor | None, mask: torch.Tensor | None, start: int, total: int, chunk_size: int
-) -> list[int]:
-    """Where a prompt may be cut into chunks: nowhere inside a prefix block of any row.
-
-    Args:
-        types: [batch, total], 1 inside prefix blocks; None where there is none.
-        mask: [batch, total], 0 at padding, or None. Padding does not end a block.
-        start: first position that is to be computed.
-        total: end of the prompt.
-        chunk_size: the wished number of tokens between two cuts, at least 1.
-
-    Returns:
-        Positions in rising order, each the first of a new chunk, all in start + 1 ... total - 1.
-
-    Raises:
-        ValueError: `chunk_size` below 1.
-    """
-    if chunk_size < 1:
-        raise ValueError(f"`prefill_chunk_size` is {chunk_size}: it must be at least 1.")
-    if types is None:
-        return list(range(start + chunk_size, total, chunk_size))
-    inside = (types == 1).int()
-    if mask is not None:
-        # What the nearest real token on either side says; padding itself says nothing.
-        real = mask[:, :total].to(types.device) != 0
-        index = torch.arange(total, device=types.device)
-        before = torch.where(real, index, -1).cummax(dim=1).values
-        after = torch.where(real, index, total).flip(1).cummin(dim=1).values.flip(1)
-        inside_before = inside.gather(1, before.clamp(min=0)) * (before >= 0)
-        inside_after = inside.gather(1, after.clamp(max=total - 1)) * (after < total)
-    else:
-        inside_before = inside_after = inside
-    splits = ((inside_before[:, :-1] == 1) & (inside_after[:, 1:] == 1)).any(dim=0)
-    allowed = [i + 1 for i, split in enumerate(splits.tolist()) if not split and i + 1 > start]
-    cuts, at = [], start
-    while total - at > chunk_size:
-        fitting = [cut for cut in allowed if at < cut <= at + chunk_size]
-        later = [cut for cut in allowed if cut > at + chunk_size]
-        if not fitting and not later:
-            break
-        at = fitting[-1] if fitting else later[0]
-        cuts.append(at)
-    return cuts
-
-
-def _holds_whole_conversation(given: int, past: int, attention_mask: torch.Tensor | None) -> bool:
-    """Whether ids of `given` tokens include the `past` ones of the cache, rather than only what follows them."""
-    if attention_mask is None:
-        return given > past
-    if attention_mask.ndim != 2:
+    given, past = shape[1], int(cached_length(cache))
+    if mask is not None and mask.ndim != 2:
         raise ValueError(
-            f"`attention_mask` has {attention_mask.ndim} dimensions: `generate` takes one of 2, [batch, tokens], with "
-            "0 at padding."
+            f"`attention_mask` has {mask.ndim} dimensions: `generate` takes one of 2, [batch, tokens], with 0 at "
+            "padding."
         )
-    covered = attention_mask.shape[1]
-    if covered == given and given > past:
+    covered = None if mask is None else mask.shape[1]
+    if covered not in (None, given, past + given):
+        raise ValueError(
+            f"`attention_mask` has {covered} columns for {given} tokens"
+            + (
+                f" on a cache of {past}: give it {given} (whole conversation) or {past + given} (only new tokens)."
+                if past
+                else ": it needs one column for each token."
+            )
+        )
+    if past == 0:
         return True
-    if past and covered == past + given:
+    if covered == past + given:
         return False
-    if covered == given:
+    if ids is None:
+        # Embeddings are the whole conversation.
+        return given > past
+    history = History.of(cache)
+    known = None if history is None else history.facts(0, past)
+    if known is None or bool(((known.ids < 0) & known.real).any()):
         raise ValueError(
-            f"the cache holds {past} tokens already and `input_ids` only {given}: pass the whole conversation, or "
-            f"only what follows the cache together with an `attention_mask` of {past + given} columns."
+            f"the cache holds {past} tokens whose ids are not known (embeddings, or another model wrote them), so it "
+            f"cannot be told whether the {given} given ids include them: pass only what follows the cache, with an "
+            f"`attention_mask` of {past + given} columns."
         )
-    raise ValueError(
-        f"`attention_mask` has {covered} columns for {given} tokens"
-        + (
-            f" on a cache of {past}: give it {given} (whole conversation) or {past + given} (only new tokens)."
-            if past
-            else ": it needs one column for each token."
+    ids = ids.to(known.ids.device)
+    if given > past and not bool(((ids[:, :past] != known.ids) & known.real).any()):
+        return True
+    if _resemble(ids, mask, known):
+        raise ValueError(
+            f"the cache holds {past} tokens already, and the {given} of `input_ids` resemble them but do not go on "
+            "from them: pass the whole conversation and a cache that is cropped to what they have in common, or only "
+            f"what follows the cache together with an `attention_mask` of {past + given} columns."
         )
-    )
+    return False
+
+
+def _resemble(ids: torch.Tensor, mask: torch.Tensor | None, known: Facts) -> bool:
+    """Whether some row of the ids repeats half of what some cached row holds: no new turn then, but an edit."""
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :] != 0
+    given = [row[keep].tolist() for row, keep in zip(ids, real.to(ids.device))]
+    cached = [row[keep].tolist() for row, keep in zip(known.ids, known.real)]
+    for before in cached:
+        for now in given:
+            matcher = difflib.SequenceMatcher(None, before, now, autojunk=False)
+            shared = sum(block.size for block in matcher.get_matching_blocks() if block.size > 1 or len(before) < 4)
+            if 2 * shared >= len(before) > 0:
+                return True
+    return False
+
+
+def _continued_mask(
+    cache: Any, past: int, shape: tuple[int, int], mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """A mask [batch, past + given] for new tokens whose own mask [batch, given], if any, leaves the cache out."""
+    history = History.of(cache)
+    cached = torch.ones(shape[0], past, dtype=torch.long, device=device)
+    if history is not None and history.rows == shape[0]:
+        cached = history.facts(0, past).real.to(device, torch.long)
+    new = torch.ones(shape, dtype=torch.long, device=device) if mask is None else mask.to(device, torch.long)
+    return torch.cat([cached, new], dim=1)
+
+
+def _refuse_packed(cache: Any, past: int) -> None:
+    history = History.of(cache)
+    if not past or history is None or history.packed is False:
+        return
+    known = history.facts(0, past)
+    if bool((find_sequences(known.positions, known.real) > 0).any()):
+        raise ValueError(
+            "the cache holds rows of several packed sequences; `generate` continues one sequence a row: give each its "
+            "own row, padded on the left, and a new cache."
+        )
+
+
+def _continued_positions(cache: Any, past: int, new: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions [batch, past + new] that go on from the cached ones; None where `generate` counts them rightly."""
+    history = History.of(cache)
+    if history is None or history.is_plain:
+        return None
+    cached = history.facts(0, past)
+    real = F.pad(cached.real, (0, new), value=True) if mask is None else (mask != 0).to(cached.real.device)
+    counted = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    shift = torch.where(cached.real, cached.positions - counted[:, :past], 0)
+    shift = shift.gather(1, last_true(cached.real)[:, -1:].clamp(min=0))
+    return counted + shift if bool((shift != 0).any()) else None
 
 
 def _checked_types(types: Any, batch: int, given: int, past: int, whole: bool) -> torch.Tensor:
@@ -410,6 +502,21 @@ def _checked_types(types: Any, batch: int, given: int, past: int, whole: bool) -
         wanted = " or ".join(str((batch, length)) for length in sorted(fitting))
         raise ValueError(f"`token_type_ids` has shape {tuple(types.shape)} for tokens of shape {wanted}.")
     return types
+
+
+def _refuse_other_types(types: torch.Tensor, cache: Any, past: int, total: int) -> None:
+    """Refuses types [batch, total] that say otherwise of the cached tokens than they were read."""
+    history = History.of(cache)
+    if history is None or past == 0 or types.shape[1] != total:
+        return
+    known = history.facts(0, past)
+    stated = types[:, :past].to(known.types.device)
+    inside = (stated == 1) | (stated == 2)
+    if bool(((inside != (known.types > 0)) & known.real).any()):
+        raise ValueError(
+            f"`token_type_ids` say otherwise of the {past} cached tokens than they were read: a prefix block that the "
+            "cache holds, or holds a part of, cannot be changed. Pass a cache that ends before it, or none."
+        )
 
 
 def _checked_positions(position_ids: torch.Tensor, given: int, total: int, mask: torch.Tensor | None) -> torch.Tensor:
@@ -428,30 +535,13 @@ def _checked_positions(position_ids: torch.Tensor, given: int, total: int, mask:
     return F.pad(position_ids, (total - position_ids.shape[1], 0))
 
 
-def _refuse_block_across(types: torch.Tensor, mask: torch.Tensor | None, past: int) -> None:
-    """Refuses a layout [batch, total] with a block that begins among the `past` cached tokens and goes on."""
-    cached, new = types[:, :past], types[:, past:]
-    last = torch.full((types.shape[0], 1), past - 1, device=types.device)
-    first = torch.zeros_like(last)
-    if mask is not None:
-        real = mask.to(types.device) != 0
-        last = torch.where(real[:, :past], torch.arange(past, device=types.device), -1).amax(dim=1, keepdim=True)
-        first = real[:, past:].long().argmax(dim=1, keepdim=True)
-    across = (cached.gather(1, last.clamp(min=0)) == 1) & (last >= 0) & (new.gather(1, first) == 1)
-    if bool(across.any()):
-        raise ValueError(
-            f"a prefix block begins among the {past} tokens that the cache holds and goes on after them, and those "
-            "tokens could not see the rest of it: pass a cache that ends where a block ends, or none."
-        )
-
-
 def _takes_layout(model: Any) -> bool:
     # Not isinstance: an assistant from another folder has its own copy of this module.
-    return "prompt_token_types" in inspect.signature(model.prepare_inputs_for_generation).parameters
+    return "prompt_layout" in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-__all__ = ["HrmTextGenerationMixin", "choose_cuts", "refuse_paged_call"]
+__all__ = ["HrmTextGenerationMixin"]
