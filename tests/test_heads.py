@@ -14,8 +14,8 @@ from .tiny import ROOT, tiny_model
 
 
 HEADS = {
-    "sequence": "heads_hrm_text.HrmTextForSequenceClassification",
-    "token": "heads_hrm_text.HrmTextForTokenClassification",
+    "sequence": "modeling_hrm_text.HrmTextForSequenceClassification",
+    "token": "modeling_hrm_text.HrmTextForTokenClassification",
 }
 AUTO = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 
@@ -118,7 +118,7 @@ def test_auto_classes_and_round_trip(kind, tmp_path):
     config["auto_map"] = {"AutoConfig": "configuration_hrm_text.HrmTextConfig", AUTO[kind].__name__: HEADS[kind]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = AUTO[kind].from_pretrained(tmp_path, trust_remote_code=True).eval()
-    assert Path(again.__module__.replace(".", "/")).name == "heads_hrm_text"
+    assert Path(again.__module__.replace(".", "/")).name == "modeling_hrm_text"
     assert again.config.num_labels == 3
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
 

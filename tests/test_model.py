@@ -67,7 +67,11 @@ def test_fresh_process_loads_our_classes(tmp_path):
     )
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model")], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", program, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     expected = model(torch.tensor([[20, 30, 40]])).logits.sum().item()
@@ -243,7 +247,7 @@ def _change(folder: Path, change) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("what", ["missing", "left over", "split", "miscounted"])
+@pytest.mark.parametrize("what", ["missing", "left over", "split", "misnamed", "miscounted"])
 def test_folders_whose_stacks_do_not_fit_are_refused(what, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     key = "model.L_module.layers.1.mlp.down_proj.weight"
@@ -254,6 +258,11 @@ def test_folders_whose_stacks_do_not_fit_are_refused(what, tmp_path):
     elif what == "split":
         at = "model.L_module.layers.1.attn"
         _change(tmp_path, lambda state: state.update({f"{at}.q_proj.weight": state.pop(f"{at}.gqkv_proj.weight")}))
+    elif what == "misnamed":
+        # As in a training checkpoint: not one tensor of a layer has the name that is looked for.
+        state = load_file(tmp_path / "model.safetensors")
+        renamed = {name.replace("_module.", "_level.core."): value for name, value in state.items()}
+        save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     else:
         config = json.loads((tmp_path / "config.json").read_text())
         config["num_hidden_layers"] = 4
@@ -261,6 +270,19 @@ def test_folders_whose_stacks_do_not_fit_are_refused(what, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"convert_weights\.py"):
         CausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [[], ["model.embed_tokens.weight"], ["unrelated"]])
+def test_a_folder_without_any_layer_loads_as_in_the_library(kept, tmp_path):
+    """Nothing fits in part: transformers warns that the model is as initialized, and says of which tensors."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    state = {name: model.state_dict().get(name, torch.ones(2)).clone() for name in kept}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = CausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    wanted = set(model.state_dict()) - set(kept)
+    assert set(info["missing_keys"]) == wanted and set(info["unexpected_keys"]) == set(kept) - set(model.state_dict())
+    assert all(torch.isfinite(value).all() for value in loaded.state_dict().values())
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn"])
