@@ -12,6 +12,14 @@ from .versions_hrm_text import PreTrainedConfig, tensor_parallel_plan
 
 logger = logging.get_logger(__name__)
 
+# Which auto class loads which of our classes: see `HrmTextConfig.architectures`.
+_AUTO_CLASSES = {
+    "HrmTextForCausalLM": "AutoModelForCausalLM",
+    "HrmTextModel": "AutoModel",
+    "HrmTextForSequenceClassification": "AutoModelForSequenceClassification",
+    "HrmTextForTokenClassification": "AutoModelForTokenClassification",
+}
+
 # The warm-up of credit assignment ends here (the paper's `bp_max_steps`).
 _DEFAULT_GRADIENT_STEPS = 5
 
@@ -70,10 +78,12 @@ class HrmTextConfig(PreTrainedConfig):
             say it (`bp_steps - 1 < H_cycles`), and then it decides.
         embedding_scale (`float`, *optional*): Factor on the embeddings; None means `1 / initializer_range`.
         prefix_lm (`bool`, defaults to `True`):
-            Whether prefix blocks (`token_type_ids == 1`) are read in both directions.
-        prefix_end_token_id (`int`, *optional*):
-            Where set, a call without `token_type_ids` finds the blocks itself: each span from a `bos_token_id` up to
-            and including the next `prefix_end_token_id`.
+            Whether prefix blocks (`token_type_ids` of 1 and 2) are read in both directions.
+        prefix_end_token_id (`int` or `list[int]`, *optional*):
+            Where set, a call without `token_type_ids` finds the blocks itself: each span from what opens one up to and
+            including the next of this token, or of these tokens in this order.
+        prefix_start_token_ids (`list[int]`, *optional*):
+            The tokens that open a block, in order; None means `[bos_token_id]`.
         num_layers_per_stack (`int`, *optional*): Layers of each stack.
         attention_dropout (`float`, defaults to 0.0): Dropout on attention weights in training.
 
@@ -106,7 +116,8 @@ class HrmTextConfig(PreTrainedConfig):
         bp_steps: int | None = None,
         embedding_scale: float | None = None,
         prefix_lm: bool = True,
-        prefix_end_token_id: int | None = None,
+        prefix_end_token_id: int | list[int] | None = None,
+        prefix_start_token_ids: list[int] | None = None,
         num_layers_per_stack: int | None = None,
         attention_dropout: float = 0.0,
         tie_word_embeddings: bool = False,
@@ -128,6 +139,7 @@ class HrmTextConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         self.prefix_lm = prefix_lm
         self.prefix_end_token_id = prefix_end_token_id
+        self.prefix_start_token_ids = prefix_start_token_ids
         self.bp_steps = bp_steps
 
         self.H_cycles = H_cycles
@@ -183,6 +195,22 @@ class HrmTextConfig(PreTrainedConfig):
         self._stated_num_hidden_layers = value
 
     @property
+    def architectures(self) -> list[str] | None:
+        """Class names for whoever picks a class by them; `to_dict` writes those of the model alone.
+
+        Ours bear the names of transformers' own classes. A tool that looks the first name up in transformers (TRL, the
+        server) would run the library's class, with other numbers and without a word, so an auto class, which runs
+        remote code where it is trusted, stands before it. Others (vLLM) take the first name that they know.
+        """
+        stated = self._stated_architectures
+        return stated and [*(_AUTO_CLASSES[name] for name in stated if name in _AUTO_CLASSES), *stated]
+
+    @architectures.setter
+    def architectures(self, value: list[str] | None) -> None:
+        automatic = set(_AUTO_CLASSES.values())
+        self._stated_architectures = value and [name for name in value if name not in automatic]
+
+    @property
     def num_key_value_heads(self) -> int:
         """Number of key and value heads, which is that of the queries."""
         return self.num_attention_heads
@@ -190,6 +218,16 @@ class HrmTextConfig(PreTrainedConfig):
     @num_key_value_heads.setter
     def num_key_value_heads(self, value: int | None) -> None:
         self._stated_num_key_value_heads = value
+
+    @property
+    def prefix_start(self) -> list[int]:
+        """The ids that open a block, in order."""
+        return _token_list(self.bos_token_id if self.prefix_start_token_ids is None else self.prefix_start_token_ids)
+
+    @property
+    def prefix_end(self) -> list[int]:
+        """The ids that close a block, in order; empty where blocks are not to be inferred."""
+        return _token_list(self.prefix_end_token_id)
 
     @property
     def rope_theta(self) -> float:
@@ -329,15 +367,28 @@ class HrmTextConfig(PreTrainedConfig):
     def _validate_token_ids(self) -> None:
         eos = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
         named = [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
-        named += [("eos_token_id", token) for token in eos] + [("prefix_end_token_id", self.prefix_end_token_id)]
+        named += [("eos_token_id", token) for token in eos]
+        for field in ("prefix_start_token_ids", "prefix_end_token_id"):
+            value = getattr(self, field)
+            _require(
+                value is None or isinstance(value, int) or (isinstance(value, (list, tuple)) and len(value) > 0),
+                f"`{field}` is {value!r}: give the id, or a list of the ids in their order, or None.",
+            )
+            named += [(field, token) for token in _token_list(value)]
         for field, token in named:
             _require(
                 token is None or (isinstance(token, int) and 0 <= token < self.vocab_size),
                 f"`{field}` is {token!r}, outside the vocabulary of {self.vocab_size}: change it or `vocab_size`.",
             )
         _require(
-            self.prefix_end_token_id is None or self.bos_token_id is not None,
-            "`prefix_end_token_id` is set and `bos_token_id` is not: a prefix block opens with bos. Set both.",
+            not self.prefix_end or bool(self.prefix_start),
+            "`prefix_end_token_id` is set, and neither `bos_token_id` nor `prefix_start_token_ids`: set what opens a "
+            "block, too.",
+        )
+        _require(
+            not _can_overlap(self.prefix_start, self.prefix_end),
+            f"`prefix_start_token_ids` {self.prefix_start} and `prefix_end_token_id` {self.prefix_end} share tokens "
+            "in a way that one token could both open and close a block: make one of them shorter.",
         )
 
     # Writing -----------------------------------------------------------------------------------------------------
@@ -351,16 +402,34 @@ class HrmTextConfig(PreTrainedConfig):
             "_stated_num_key_value_heads",
             "_stated_L_bp_cycles",
             "_restated_L_bp_cycles",
+            "_stated_architectures",
             "rope_scaling",
         ):
             output.pop(private, None)
+        if self._stated_architectures is not None:
+            output["architectures"] = list(self._stated_architectures)
         output["num_hidden_layers"] = self.num_hidden_layers
         if self.bp_steps is None:
             output.pop("bp_steps", None)
         else:
             output["bp_steps"] = min(self.bp_steps, self.H_cycles * (self.L_cycles + 1))
+        if self.prefix_start_token_ids is None:
+            output.pop("prefix_start_token_ids", None)
         output["L_bp_cycles"] = self.gradient_calls()[1]
         return output
+
+
+def _token_list(ids: Any) -> list[int]:
+    """A lone id is a sequence of one, None an empty one."""
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def _can_overlap(a: list[int], b: list[int]) -> bool:
+    """Whether a place where `a` stands in a text can share tokens with one where `b` stands."""
+    return any(
+        all(b[i - shift] == token for i, token in enumerate(a) if 0 <= i - shift < len(b))
+        for shift in range(1 - len(b), len(a))
+    )
 
 
 def _is_count(value: Any) -> bool:
