@@ -6,7 +6,9 @@ What this adds to a fast tokenizer over the same `tokenizer.json`:
 - `token_type_ids` mark the prompts (1), which the model reads in both directions, by the rule that the model follows
   when nobody passes it any;
 - `build_prompt` and `encode_prompt` write the envelope;
-- `apply_chat_template(tokenize=True)` reads special tokens in the template's own text alone, never in a message.
+- `apply_chat_template(tokenize=True)` reads special tokens in the template's own text alone, never in a message;
+- what a checkpoint does otherwise (other tokens of the envelope, other conditions, training on tools) is read from its
+  `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -15,16 +17,27 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_hrm_text import all_strings, map_strings, mask_inside, plain_chats, split_controls
+from .chat_hrm_text import (
+    all_strings,
+    map_strings,
+    mark_messages,
+    mask_inside,
+    plain_chats,
+    response_template,
+    split_controls,
+)
 from .versions_hrm_text import as_expected_tokenizer_class
 
+
+logger = logging.get_logger(__name__)
 
 PROMPT_START = "<|im_start|>"
 PROMPT_END = "<|im_end|>"
@@ -37,6 +50,9 @@ CONDITION_TOKENS = {
     "synth": "<|quad_end|>",
 }
 
+# What the model writes around a call of a tool.
+TOOL_CALL = ("<tool_call>", "</tool_call>")
+
 # Unicode's noncharacters: never valid in text that is exchanged, so one that a chat does not hold is always at hand.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
@@ -44,17 +60,26 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 def prefix_token_types(input_ids: Sequence[int], start_id: int | None, end_id: int | None) -> list[int]:
     """Marks the prefix blocks of one row: each span from a `start_id` up to and including the next `end_id`.
 
+    Args:
+        input_ids: ids of the row, -1 at padding.
+        start_id: opens a block.
+        end_id: closes it.
+
     Returns:
-        A list as long as `input_ids`, 1 inside a block and 0 elsewhere. A start that no end follows opens nothing.
+        A list as long as `input_ids`: 1 inside a block, 2 on the first token of a block that directly follows another,
+        0 elsewhere. A start that no end follows opens nothing.
     """
     input_ids = list(input_ids)
     types = [0] * len(input_ids)
-    position = 0
+    position, follows = 0, False
     try:
         while True:
             start = input_ids.index(start_id, position)
+            follows = follows and all(token == -1 for token in input_ids[position:start])
             position = input_ids.index(end_id, start) + 1
-            types[start:position] = [1] * (position - start)
+            types[start:position] = [int(token != -1) for token in input_ids[start:position]]
+            types[start] += follows
+            follows = True
     except ValueError:  # no further start, or no end after it
         return types
 
@@ -64,12 +89,17 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
 
     Args:
         tokenizer_file: path of a `tokenizer.json`; all of the tokenization is in it.
-        default_condition: condition tags of a prompt or chat that names none: comma-separated, or a list. Kept in
-            `tokenizer_config.json`.
+        default_condition: condition tags of a prompt or chat that names none: comma-separated, or a list.
+        condition_tokens: the token of each condition tag; None is those of HRM-Text-1B.
+        prompt_end: the token that closes a prompt; `bos_token` opens it.
+        trained_on_tools: whether the model was trained to call tools. Only then are `tools=` and tool messages taken,
+            and `<tool_call>` in an answer is the token.
         kwargs: as for `PreTrainedTokenizerFast`.
 
+    All of these are kept in `tokenizer_config.json`.
+
     Raises:
-        ValueError: `default_condition` names an unknown tag.
+        ValueError: `default_condition` names an unknown tag, or `tokenizer.json` has no token that closes a prompt.
     """
 
     padding_side = "left"
@@ -77,7 +107,14 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     _plain: Any = None
 
     def __init__(
-        self, tokenizer_file: str | None = None, *, default_condition: str | Iterable[str] = "direct", **kwargs: Any
+        self,
+        tokenizer_file: str | None = None,
+        *,
+        default_condition: str | Iterable[str] = "direct",
+        condition_tokens: Mapping[str, str] | None = None,
+        prompt_end: str = PROMPT_END,
+        trained_on_tools: bool = False,
+        **kwargs: Any,
     ):
         kwargs.setdefault("bos_token", PROMPT_START)
         kwargs.setdefault("eos_token", RESPONSE_END)
@@ -87,8 +124,16 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         kwargs["model_input_names"] = list(type(self).model_input_names)
         if isinstance(kwargs.get("extra_special_tokens"), list):  # transformers 5 writes it, 4 reads the other name
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
-        self.default_condition = ",".join(_condition_tags(default_condition))
-        super().__init__(tokenizer_file=tokenizer_file, default_condition=self.default_condition, **kwargs)
+        self.condition_tokens = dict(CONDITION_TOKENS if condition_tokens is None else condition_tokens)
+        self.prompt_end = prompt_end
+        self.default_condition = default_condition
+        super().__init__(tokenizer_file=tokenizer_file, **kwargs)
+        if prompt_end not in self.get_vocab():
+            raise ValueError(
+                f"tokenizer.json has no token {prompt_end!r}, which closes a prompt: this is no tokenizer of "
+                "HRM-Text's prompts; load it as its own class, without trust_remote_code"
+            )
+        self.trained_on_tools = trained_on_tools
         known = set(self.all_special_tokens)
         others = [
             token.content for token in self.added_tokens_decoder.values() if token.special and str(token) not in known
@@ -103,10 +148,36 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> HrmTextTokenizer:
         """As `PreTrainedTokenizerFast.from_pretrained`."""
-        # Here already: without protobuf, transformers hides an error of the constructor behind one about protobuf.
-        _condition_tags(kwargs.get("default_condition", ""))
+        # Set afterwards: without protobuf, transformers hides an error of the constructor behind one about protobuf.
+        default_condition = kwargs.pop("default_condition", None)
         with as_expected_tokenizer_class():
-            return super().from_pretrained(*args, **kwargs)
+            tokenizer = super().from_pretrained(*args, **kwargs)
+        if default_condition is not None:
+            tokenizer.default_condition = default_condition
+        return tokenizer
+
+    @property
+    def default_condition(self) -> str:
+        """Condition tags of a prompt or chat that names none, comma-separated."""
+        return self._default_condition
+
+    @default_condition.setter
+    def default_condition(self, value: str | Iterable[str]) -> None:
+        self._default_condition = ",".join(self._condition_tags(value))
+
+    @property
+    def trained_on_tools(self) -> bool:
+        """Whether the model was trained to call tools; see the class."""
+        return self._trained_on_tools
+
+    @trained_on_tools.setter
+    def trained_on_tools(self, value: bool) -> None:
+        missing = [token for token in TOOL_CALL if token not in self.get_vocab()] if value else []
+        if missing:
+            raise ValueError(f"trained_on_tools is set, but tokenizer.json has no token {missing[0]!r}")
+        self._trained_on_tools = bool(value)
+        if value and getattr(self, "response_template", None) is None:
+            self.response_template = response_template(self.prompt_end, *TOOL_CALL, str(self.eos_token))
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -126,6 +197,16 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         path = Path(save_directory) / name
         config = json.loads(path.read_text(encoding="utf-8"))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings = {
+            "default_condition": (self.default_condition, None),
+            "condition_tokens": (self.condition_tokens, CONDITION_TOKENS),
+            "prompt_end": (self.prompt_end, PROMPT_END),
+            "trained_on_tools": (self.trained_on_tools, False),
+        }
+        for setting, (value, usual) in settings.items():
+            config.pop(setting, None)
+            if value != usual:
+                config[setting] = value
         config["model_input_names"] = [name for name in self.model_input_names if name != "token_type_ids"]
         if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 fails on a list under this name
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -137,7 +218,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     @property
     def prefix_end_token_id(self) -> int:
         """Id of the token that closes a prompt, the `prefix_end_token_id` of the model's config."""
-        return self.convert_tokens_to_ids(PROMPT_END)
+        return self.convert_tokens_to_ids(self.prompt_end)
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -197,14 +278,14 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
 
         Args:
             text: the user's text, without special tokens.
-            condition: any of direct, cot, noisy, synth, in the order wanted: comma-separated, or a list. None is
-                `default_condition`, an empty one writes no condition token.
+            condition: any of `condition_tokens` (direct, cot, noisy, synth) in the order of the training, which is
+                `synth,cot`: comma-separated, or a list. None is `default_condition`, an empty one writes no token.
 
         Returns:
             The prompt. Encode it with `tokenizer(prompt)`, whose `token_type_ids` mark it as one block.
 
         Raises:
-            ValueError: an unknown tag, or a text that contains a special token.
+            ValueError: an unknown tag, a token that the vocabulary lacks, or a text that contains a special token.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
@@ -213,7 +294,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
                 f"text contains the special token {found.group()!r}, which would be read as one in a string: use "
                 "encode_prompt(text), which encodes it as plain text"
             )
-        return self._opening(condition) + text + PROMPT_END
+        return "".join(self._opening(condition)) + text + self.prompt_end
 
     def encode_prompt(
         self,
@@ -235,21 +316,40 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             `input_ids`, `token_type_ids` (1 on all of the prompt) and `attention_mask`, ready for `generate`.
 
         Raises:
-            ValueError: an unknown tag.
+            ValueError: an unknown tag, or a token that the vocabulary lacks.
         """
         batched = not isinstance(text, str)
         if batched and not (isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text)):
             raise TypeError("text must be a string or a list of strings")
         texts = text if batched else [text]
-        opening = self._control_pattern().findall(self._opening(condition))
-        rows = [[*((token, True) for token in opening), (item, False), (PROMPT_END, True)] for item in texts]
+        opening = [(token, True) for token in self._opening(condition)]
+        rows = [[*opening, (item, False), (self.prompt_end, True)] for item in texts]
         return self._collate(
             [self._encode_segments(row)[0] for row in rows], batched, padding=padding, return_tensors=return_tensors
         )
 
-    def _opening(self, condition: str | Iterable[str] | None) -> str:
-        tags = _condition_tags(self.default_condition if condition is None else condition)
-        return PROMPT_START + "".join(CONDITION_TOKENS[tag] for tag in tags)
+    def _opening(self, condition: str | Iterable[str] | None) -> list[str]:
+        tags = self._condition_tags(self.default_condition if condition is None else condition)
+        tokens = [str(self.bos_token), *(self.condition_tokens[tag] for tag in tags)]
+        if absent := [token for token in tokens if token not in self.get_vocab()]:
+            raise ValueError(f"tokenizer.json has no token {absent[0]!r}: this tokenizer cannot write such a prompt")
+        return tokens
+
+    def _condition_tags(self, condition: str | Iterable[str]) -> list[str]:
+        """Tags of a condition, comma-separated or a list; raises ValueError on one that is unknown or given twice."""
+        tags = [tag.strip() for tag in (condition.split(",") if isinstance(condition, str) else condition)]
+        tags = [tag for tag in tags if tag]
+        for tag in tags:
+            if tag not in self.condition_tokens:
+                raise ValueError(f"unknown condition {tag!r}: known are {', '.join(self.condition_tokens)}")
+        if len(set(tags)) != len(tags):
+            raise ValueError(f"condition {','.join(tags)!r} names a tag twice: name each once")
+        if "synth" in tags and "cot" in tags[: tags.index("synth")]:
+            logger.warning_once(
+                f"the condition {','.join(tags)!r} puts cot before synth: HRM-Text was trained on 'synth,cot'. Write "
+                "it in this order."
+            )
+        return tags
 
     # ---------------------------------------------------------------- chats
 
@@ -277,30 +377,32 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         """As `PreTrainedTokenizerFast.apply_chat_template`, with two arguments more.
 
         Args:
+            tools: functions that the model may call, as JSON schemas or Python functions; for a checkpoint that was
+                trained on them.
             condition: condition tags of every prompt, as in `build_prompt`; None is `default_condition`.
             sanitize_control_tokens: with `tokenize=True`, special tokens in messages, tools, documents and template
                 arguments are encoded as plain text, so that a message cannot close its envelope. A string
-                (`tokenize=False`) cannot keep the two apart: do not encode one that holds text of strangers.
+                (`tokenize=False`) cannot keep the two apart: do not encode one that holds text of strangers. In an
+                answer, `<tool_call>` and `</tool_call>` are the tokens where the model was trained on tools.
+            continue_final_message: the last message is left open, to be gone on with. An open prompt is no prefix
+                block: the model reads it causally.
             return_dict: None is the default of the installed transformers.
             kwargs: further arguments of the template.
 
         Raises:
-            ValueError: an unknown tag; `continue_final_message` where the last message is not the assistant's.
-            jinja2.TemplateError: roles that do not alternate, content that is not text, tools.
+            ValueError: an unknown tag, arguments of a tool call that are not JSON.
+            jinja2.TemplateError: roles that do not alternate, content that is not text, tools that the model was not
+                trained on.
         """
         chats, batched = plain_chats(conversation)
-        if continue_final_message and any(chat and chat[-1].get("role") != "assistant" for chat in chats):
-            raise ValueError(
-                "continue_final_message goes on with an answer, but the last message is not the assistant's: pass "
-                "add_generation_prompt=True to have the last message answered"
-            )
         arguments = {
             "tools": tools,
             "documents": documents,
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
-            "condition": ",".join(_condition_tags(self.default_condition if condition is None else condition)),
+            "condition": ",".join(self._condition_tags(self.default_condition if condition is None else condition)),
+            "trained_on_tools": self.trained_on_tools,
             **kwargs,
         }
         conversation = chats if batched else chats[0]
@@ -358,23 +460,34 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             the same; and for each chat the spans [begin, end) of the answers in that string.
         """
         tokens = self._control_tokens()
-        marked = {name: value for name, value in arguments.items() if name != "chat_template"}
+        # The condition has been checked, and templates compare its tags.
+        marked = {name: value for name, value in arguments.items() if name not in ("chat_template", "condition")}
         strings = "\0".join(all_strings([chats, marked]))
         if not with_spans and not any(token[0] in strings for token in tokens):
             return None, []
+        own = TOOL_CALL if self.trained_on_tools else ()
         marker = next((sign for sign in _NONCHARACTERS if sign not in strings), None)
         if marker is None:
             raise ValueError("the messages hold every noncharacter of Unicode (U+FDD0 to U+FDEF): remove one of them")
-        beginnings = re.compile("[" + "".join(map(re.escape, {token[0] for token in tokens})) + "]")
+        beginnings = "([" + "".join(map(re.escape, {token[0] for token in tokens})) + "])"
+        from_outside = re.compile(beginnings)
+        from_model = re.compile("|".join([*map(re.escape, own), beginnings]))
 
         def mark(text: str) -> str:
-            return beginnings.sub(marker + r"\g<0>", text)
+            return from_outside.sub(marker + r"\1", text)
+
+        def mark_answer(text: str) -> str:
+            return from_model.sub(lambda match: marker + match[1] if match[1] else match[0], text)
+
+        def is_plain(text: str) -> bool:
+            return not any(token in text for token in tokens)
 
         texts, spans = render_jinja_template(
-            conversations=map_strings(chats, mark),
+            conversations=[mark_messages(chat, mark, mark_answer, is_plain) for chat in chats],
             chat_template=self.get_chat_template(arguments["chat_template"], arguments["tools"]),
             return_assistant_tokens_mask=with_spans,
-            **{**self.special_tokens_map, **map_strings(marked, mark)},
+            condition=arguments["condition"],
+            **{**self.special_tokens_map, **{name: map_strings(value, mark) for name, value in marked.items()}},
         )
         spans = [
             [tuple(stop - text.count(marker, 0, stop) for stop in span) for span in found]
@@ -465,15 +578,3 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         if not batched and return_tensors is None:
             output = {name: value[0] for name, value in output.items()}
         return BatchEncoding(dict(output), tensor_type=return_tensors)
-
-
-def _condition_tags(condition: str | Iterable[str]) -> list[str]:
-    """Tags of a condition, comma-separated or a list; raises ValueError on one that is unknown or given twice."""
-    tags = [tag.strip() for tag in (condition.split(",") if isinstance(condition, str) else condition)]
-    tags = [tag for tag in tags if tag]
-    for tag in tags:
-        if tag not in CONDITION_TOKENS:
-            raise ValueError(f"unknown condition {tag!r}: known are {', '.join(CONDITION_TOKENS)}")
-    if len(set(tags)) != len(tags):
-        raise ValueError(f"condition {','.join(tags)!r} names a tag twice: name each once")
-    return tags

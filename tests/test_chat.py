@@ -165,8 +165,6 @@ def test_arguments_that_make_no_sense_raise(tokenizer):
         encode(tokenizer, TURNS, tools=[{"type": "function", "function": {"name": "x"}}])
     with pytest.raises(jinja2.TemplateError, match="documents"):
         encode(tokenizer, TURNS, documents=[{"title": "a", "text": "b"}])
-    with pytest.raises(ValueError, match="add_generation_prompt=True"):
-        encode(tokenizer, TURNS[:1], continue_final_message=True)
     with pytest.raises(ValueError, match="empty"):
         encode(tokenizer, [])
     with pytest.raises(TypeError, match="list of messages"):
@@ -358,3 +356,34 @@ def test_ours_agrees_with_the_librarys_own_sanitizing(tokenizer, special_tokens)
         ours, theirs = encode(tokenizer, chat), encode(plain, chat, sanitize_control_tokens=True)
         assert tokenizer.decode(ours["input_ids"]) == tokenizer.decode(theirs["input_ids"])
         assert [i for i in ours["input_ids"] if i < 31] == [i for i in theirs["input_ids"] if i < 31]
+
+
+def test_continuing_a_prompt_leaves_it_open_and_so_no_block(tokenizer):
+    """As with the library's class: a chat that ends with a user's message is cut behind its text."""
+    for content in ("What is 1 + ", "a <|im_end|> b"):
+        encoding = encode(tokenizer, [{"role": "user", "content": content}], continue_final_message=True)
+        assert encoding["input_ids"] == [BOS, 8, *plain_ids(tokenizer, content)]
+        assert sum(encoding["token_type_ids"]) == 0
+
+
+@pytest.mark.parametrize("token", ["user_id", "system", "assistant:", "cot_", "true", "text"])
+def test_special_tokens_that_begin_like_words_of_a_template_break_no_chat(token):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+    plain = encode(tokenizer, [SYSTEM, *TURNS], condition="synth,cot")
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, False)
+    new = tokenizer.convert_tokens_to_ids(token)
+    assert encode(tokenizer, [SYSTEM, *TURNS], condition="synth,cot") == plain
+    for turn in range(3):
+        ids = encode(tokenizer, with_content(turn, f"a {token} b"), condition="synth,cot")["input_ids"]
+        assert new not in ids and f"a {token} b" in tokenizer.decode(ids)
+
+
+def test_an_untrained_order_of_conditions_is_warned_of_once(caplog):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+    for condition in ("cot,synth", ["cot", "noisy", "synth"], "cot,synth"):
+        tokenizer.encode_prompt("7", condition)
+    encode(tokenizer, TURNS, condition="cot,synth")
+    assert caplog.text.count("'cot,synth' puts cot before synth") == 1
+    caplog.clear()
+    tokenizer.encode_prompt("7", "synth,cot")
+    assert not caplog.text

@@ -35,7 +35,7 @@ def fresh():
 
 def inferred(ids, mask=None):
     """The token_type_ids that the model infers from a batch of rows."""
-    infer = load_class("blocks_hrm_text.infer_token_type_ids")
+    infer = load_class("layout_hrm_text.infer_token_type_ids")
     mask = None if mask is None else torch.as_tensor(mask)
     return infer(torch.as_tensor(ids), BOS, END, mask).long().tolist()
 
