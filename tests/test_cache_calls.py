@@ -1,0 +1,231 @@
+"""One cache, fed in every way that a call can be made: compiled, under inference mode, by position, by embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from .facts import (
+    CACHES,
+    CHANGES,
+    REMEMBERING,
+    TOLERANCE,
+    arguments_of,
+    facts_model,
+    feed,
+    followed_by,
+    generate_on,
+    is_refused,
+    padded_left,
+    row_of,
+    truth,
+)
+
+
+BLOCK = row_of((1, 6), seed=1)
+ROWS = padded_left([row_of((1, 3), (0, 1), seed=2), row_of((1, 4), (0, 2), seed=3), row_of((0, 6), seed=4)])
+# The library's static slots write in place, which torch forbids outside of inference mode to tensors made inside it.
+GROWING = [name for name in CACHES if name != "StaticCache"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return facts_model()
+
+
+def expect(cache: str, call) -> None:
+    refused = is_refused(call)
+    assert not (refused and cache in REMEMBERING), "refused, although the cache knows all that is needed"
+
+
+# ---- 3: compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled() -> Iterator:
+    torch._dynamo.reset()
+    model = facts_model(H_cycles=1)
+    yield model, torch.compile(model, backend="eager")
+    torch._dynamo.reset()
+
+
+def wrong_or_refused(plain, live, call_model, history, new, **more) -> bool:
+    """Whether the call is refused; an answer must be right by the plain model's truth."""
+    call = {**arguments_of(new, history), **more}
+    call = {name: value for name, value in call.items() if value is not None}
+    try:
+        with torch.no_grad():
+            logits = call_model(**call, past_key_values=live, use_cache=True).logits
+    except ValueError:
+        return True
+    except RuntimeError as refusal:
+        # Within a graph nothing can be read: what would be refused stops the graph, with the same sentence.
+        assert "prefix block" in str(refusal), refusal
+        return True
+    wanted = truth(plain, followed_by(history, new))[:, -len(new[0]) :]
+    assert (logits - wanted).abs().max() < TOLERANCE
+    return False
+
+
+@pytest.mark.parametrize("first", ["compiled", "plain"])
+@pytest.mark.parametrize("cache", ["HrmTextCache", "DynamicCache", "StaticCache"])
+def test_half_a_block_and_then_the_rest(compiled, cache, first):
+    model, fast = compiled
+    live = CACHES[cache](model)
+    assert not wrong_or_refused(model, live, fast if first == "compiled" else model, [[]], [BLOCK[:3]])
+    assert wrong_or_refused(model, live, model if first == "compiled" else fast, [BLOCK[:3]], [BLOCK[3:]])
+
+
+def test_half_a_block_and_then_the_rest_both_compiled(compiled):
+    model, fast = compiled
+    live = CACHES["HrmTextCache"](model)
+    wrong_or_refused(model, live, fast, [[]], [BLOCK[:3]])
+    assert wrong_or_refused(model, live, fast, [BLOCK[:3]], [BLOCK[3:]])
+
+
+@pytest.mark.parametrize("cache", ["HrmTextCache", "StaticCache"])
+def test_what_a_compiled_call_leaves(compiled, cache):
+    """Ids and types that a compiled call appended serve the plain calls behind it."""
+    model, fast = compiled
+    live, row = CACHES[cache](model), row_of((1, 4), (0, 2), seed=5)
+    assert not wrong_or_refused(model, live, fast, [[]], [row])
+    for new in ([row_of((0, 1), seed=6)], [row_of((1, 3), seed=7)]):
+        assert not wrong_or_refused(model, live, fast if len(new[0]) == 1 else model, [row], new)
+        row = followed_by([row], new)[0]
+    expect(cache, lambda: generate_on(model, live, [row], [row_of((0, 1), seed=8)]))
+
+
+# ---- 6: inference mode ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["nothing", "rows turned round", "rows repeated", "deep copy", "pickle", "moved"])
+@pytest.mark.parametrize("cache", ["HrmTextCache"])
+def test_filled_under_inference_mode(model, cache, change):
+    for outside in (torch.no_grad, torch.enable_grad):
+        with torch.inference_mode():
+            live = feed(model, CACHES[cache](model), [[], [], []], ROWS)
+        with outside():
+            live, rows = CHANGES[change](live, ROWS)
+            new = [row_of((0, 1), (1, 3), seed=10 + i) for i, _ in enumerate(rows)]
+            live = feed(model, live, rows, new, grad=outside is torch.enable_grad)
+            more = [row_of((0, 1), seed=20 + i) for i, _ in enumerate(rows)]
+            feed(model, live, followed_by(rows, new), more, grad=outside is torch.enable_grad)
+
+
+@pytest.mark.parametrize("cache", GROWING)
+def test_generated_under_inference_mode(model, cache):
+    with torch.inference_mode():
+        live, rows = generate_on(model, CACHES[cache](model), [[]], [BLOCK], steps=4)
+    expect(cache, lambda: generate_on(model, live, rows, [row_of((0, 1), (1, 4), seed=3)]))
+
+
+@pytest.mark.parametrize("cache", GROWING)
+def test_inference_mode_in_turn(model, cache):
+    """In and out, token by token, with a crop on either side."""
+    live, rows = CACHES[cache](model), [BLOCK]
+    live = feed(model, live, [[]], rows)
+    for step in range(4):
+        new = [row_of((0, 2), seed=30 + step)]
+        with torch.inference_mode(step % 2 == 0):
+            live = feed(model, live, rows, new)
+            rows = followed_by(rows, new)
+        if step == 2 and cache != "QuantizedCache":
+            live.crop(-1)
+            rows = [rows[0][:-1]]
+
+
+def test_cropped_and_reset_outside(model):
+    with torch.inference_mode():
+        live = feed(model, CACHES["HrmTextCache"](model), [[]], [BLOCK])
+    live.crop(-3)
+    live = feed(model, live, [BLOCK[:3]], [BLOCK[3:]])
+    live.reset()
+    feed(model, live, [[]], [row_of((1, 5), (0, 1), seed=9)])
+
+
+def test_gradients_after_inference_mode(model):
+    """A loss over a cached prompt that was read under no gradient."""
+    with torch.inference_mode():
+        live = feed(model, CACHES["HrmTextCache"](model), [[]], [BLOCK])
+    new = [row_of((0, 4), seed=9)]
+    ids = torch.tensor([[token.id for token in new[0]]])
+    model.zero_grad()
+    loss = model(ids, token_type_ids=torch.zeros_like(ids), labels=ids, past_key_values=live).loss
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "embed" not in n)
+
+
+# ---- by position, by embeddings, by chunks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["right", "of the new tokens", "too far"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_cache_position(model, cache, given):
+    """Older releases pass it, and a caller may: one that contradicts the cache is not followed silently."""
+    live = feed(model, CACHES[cache](model), [[]], [BLOCK])
+    new = [row_of((0, 3), seed=2)]
+    begin = {"right": 6, "of the new tokens": 0, "too far": 9}[given]
+    call = lambda: feed(model, live, [BLOCK], new, cache_position=torch.arange(begin, begin + 3))  # noqa: E731
+    if given == "right":
+        call()
+    else:
+        is_refused(call)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_embeddings_on_a_live_cache(model, cache):
+    table = model.get_input_embeddings()
+    live, rows = CACHES[cache](model), [[]]
+    for types in ((1, 4), (0, 3), (1, 2), (0, 1)):
+        new = [row_of(types, seed=types[1])]
+        embeds = table(torch.tensor([[token.id for token in new[0]]])).detach()
+        live = feed(model, live, rows, new, input_ids=None, inputs_embeds=embeds)
+        rows = followed_by(rows, new)
+    new = [row_of((1, 3), (0, 1), seed=40)]
+    feed(model, live, rows, new)
+
+
+def test_embeddings_fed_again_after_a_cut_are_never_taken_for_the_same(model):
+    live = feed(model, CACHES["HrmTextCache"](model), [[]], [BLOCK])
+    live.crop(-2)
+    other = [row_of((1, 2), seed=7)]
+    embeds = model.get_input_embeddings()(torch.tensor([[token.id for token in other[0]]])).detach()
+    assert is_refused(lambda: feed(model, live, [BLOCK[:4]], other, input_ids=None, inputs_embeds=embeds))
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("cache", CACHES)
+def test_positions_that_jump(model, cache, step):
+    """Positions further on are of the same sequence; the next call without positions goes on from them."""
+    from dataclasses import replace
+
+    first = row_of((1, 4), seed=1)
+    second = [replace(token, position=3 + step * (i + 1)) for i, token in enumerate(row_of((0, 3), seed=2))]
+    live = feed(model, CACHES[cache](model), [[]], [first])
+    positions = torch.tensor([[token.position for token in second]])
+    ids = torch.tensor([[token.id for token in second]])
+    with torch.no_grad():
+        logits = model(
+            ids, token_type_ids=torch.zeros_like(ids), position_ids=positions, past_key_values=live, use_cache=True
+        ).logits
+    row = [*first, *second]
+    assert (logits - truth(model, [row])[:, 4:]).abs().max() < TOLERANCE
+    expect(cache, lambda: feed(model, live, [row], [row_of((0, 2), seed=3)]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_refused_forward_changes_nothing(model, cache):
+    live = feed(model, CACHES[cache](model), [[]], [BLOCK])
+    wrong = {
+        "a block that goes on": {},
+        "types of another shape": {"token_type_ids": torch.zeros(1, 9, dtype=torch.long)},
+        "a mask of another shape": {"attention_mask": torch.ones(1, 3, dtype=torch.long)},
+        "positions of another shape": {"position_ids": torch.arange(9)[None]},
+    }
+    for more in wrong.values():
+        with pytest.raises(ValueError):
+            feed(model, live, [BLOCK], [row_of((1, 3), seed=2)], **more)
+        assert int(live.get_seq_length()) == len(BLOCK)
+    feed(model, live, [BLOCK], [row_of((0, 1), (1, 3), seed=2)])
