@@ -134,3 +134,16 @@ def test_offloaded_caches(model, implementation):
     on_gpu = one_answer_model().cuda()
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     assert on_gpu.generate(**batch, **GREEDY, cache_implementation=implementation).tolist() == expected
+
+
+def test_a_length_that_the_caller_states_wins_over_the_folders(model):
+    """lm-eval states `max_length`; the library would go on to the folder's `max_new_tokens`."""
+    ids = torch.randint(20, 60, (1, 9))
+    length = ids.shape[1]
+    before = model.generation_config.max_new_tokens
+    model.generation_config.max_new_tokens = 7
+    try:
+        for arguments, tokens in (({"max_length": length + 3}, 3), ({"max_new_tokens": 2}, 2), ({}, 7)):
+            assert model.generate(ids, do_sample=False, **arguments).shape[1] == length + tokens
+    finally:
+        model.generation_config.max_new_tokens = before

@@ -103,11 +103,13 @@ def test_resetting_forgets_the_block(model, name):
     torch.testing.assert_close(logits, reference_logits(model, BLOCK), atol=1e-4, rtol=1e-4)
 
 
-def test_other_rows_forget_the_block(model):
-    live = call(model, BLOCK[:4], None).past_key_values
+@pytest.mark.parametrize("name", ["growing", "DynamicCache"])
+def test_repeated_rows_remember_the_block(model, name):
+    live = call(model, BLOCK[:4], CACHES[name](model)).past_key_values
     live.batch_repeat_interleave(2)
     ids = torch.tensor([BLOCK.ids[4:]] * 2)
-    model(input_ids=ids, token_type_ids=torch.ones_like(ids), past_key_values=live)
+    with pytest.raises(ValueError, match="prefix block"):
+        model(input_ids=ids, token_type_ids=torch.ones_like(ids), past_key_values=live)
 
 
 def test_regenerating_from_a_cropped_cache(model):
@@ -231,6 +233,9 @@ def test_generate_infers_once(inferring, mode):
 @pytest.mark.parametrize("name", CACHES)
 def test_inferred_conversation(inferring, name, new_only):
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    # A pad token in the first answer would be padding to `generate` when the text comes again; weights, and with them
+    # the answer, differ between releases of torch.
+    options["suppress_tokens"] = list(range(12))
     live = CACHES[name](inferring)
     first = envelope(30, 31, 32)
     one = inferring.generate(torch.tensor([first]), **options, **({} if live is None else {"past_key_values": live}))

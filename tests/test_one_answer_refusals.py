@@ -146,7 +146,7 @@ def test_prompt_without_a_block_is_warned_of_once(inferring, log, arguments):
     for _ in range(2):
         inferring.generate(torch.tensor([[30, 31, 32]]), **arguments, max_new_tokens=1)
     assert log.text.count("holds no prefix block") == 1
-    assert "<|im_start|> (id 6)" in log.text and "<|im_end|> (id 7)" in log.text
+    assert "open with the token ids [6]" in log.text and "close with [7]" in log.text
 
 
 def test_one_row_without_a_block_is_warned_of(inferring, log):
