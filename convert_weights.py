@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.adapters import AdapterConversion, convert_adapter, is_adapter
 from conversion.errors import ConversionError
 from conversion.hub import check_repo_id, locate, publish
 from conversion.output import DTYPES, LAYOUTS, Plan, make_plan, write
@@ -28,6 +29,7 @@ EPILOG = """examples:
   python convert_weights.py runs/hrm-text-1b --epoch 3 --weights raw --output epoch-3
   python convert_weights.py sapientinc/HRM-Text-1B --output HRM-Text-1B --dry-run
   python convert_weights.py HRM-Text-1B --format split --max-shard-size 1GB --output HRM-Text-1B-split
+  python convert_weights.py adapter-of-the-split-layout --output adapter
   python convert_weights.py my-fine-tune --output ready --push-to-hub me/my-model --private
 
 exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted,
@@ -60,12 +62,12 @@ def convert(
     dry_run: bool = False,
     verification: bool = True,
     progress: bool = True,
-) -> Conversion:
-    """Converts a checkpoint to a complete model folder.
+) -> Conversion | AdapterConversion:
+    """Converts a checkpoint to a complete model folder, or a LoRA adapter to the other layout of projections.
 
     Args:
-        source: a training checkpoint, a Hugging Face folder in any dialect or layout, or a Hub id (`user/name`,
-            `user/name@revision`).
+        source: a training checkpoint, a Hugging Face folder in any dialect or layout, a folder with an adapter, or a
+            Hub id (`user/name`, `user/name@revision`).
         output: the folder to write; may be left out with `dry_run`.
         epoch: which epoch of a training checkpoint; None is the latest.
         weights: `ema` (the averages, which are the ones published) or `raw`, of a training checkpoint.
@@ -96,12 +98,15 @@ def convert(
         opening["path"] = folder.absolute()
         if not dry_run:
             check_output(Path(output), folder, force)
+        if is_adapter(folder):
+            _refuse_for_adapters(folder, opening, dtype, dry_run)
+            return convert_adapter(folder, Path(output), layout)
         plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes)
     except OSError as error:  # a folder on the way to a file may be closed to this user, too
         raise ConversionError(
             f"{error.filename or source} cannot be read ({error.strerror}): check the disk and permissions"
         ) from None
-    for warning in plan.source.warnings:
+    for warning in plan.warnings:
         warnings.warn(warning, stacklevel=2)
     if dry_run:
         return Conversion(plan, None)
@@ -122,6 +127,13 @@ def convert(
         check_output(Path(output), folder, force)
         put_in_place()
     return Conversion(plan, found)
+
+
+def _refuse_for_adapters(folder: Path, opening: dict[str, Any], dtype: str | None, dry_run: bool) -> None:
+    chosen = [f"--{name}" for name in ("epoch", "tokenizer") if opening[name] is not None]
+    chosen += ["--weights"] * (opening["weights"] != "ema") + ["--dtype"] * (dtype is not None)
+    if chosen or dry_run:
+        raise ConversionError(f"{folder} is an adapter, to which {(chosen or ['--dry-run'])[0]} does not apply")
 
 
 def parse_size(text: str | int) -> int:
@@ -185,14 +197,25 @@ def _run(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
         verification=options.verify,
     )
+    if isinstance(done, AdapterConversion):
+        print("\n".join([f"{options.output}:", *(f"  {line}" for line in done.lines())]))
+        if options.push_to_hub:
+            raise ConversionError(
+                f"--push-to-hub is for models; `hf upload {options.push_to_hub} {options.output}` sends the adapter"
+            )
+        return 0
     if options.dry_run:
         print("\n".join(done.plan.table()))
         return 0
     print(f"{options.output}: {len(done.plan.specs)} tensors, {done.plan.nbytes:,} bytes")
+    print(f"  prompts    {done.plan.prompts}")
     if done.verification:
         print("\n".join(f"  {line}" for line in done.verification.lines()))
     if options.push_to_hub:
-        print(publish(options.output, options.push_to_hub, options.private, options.revision))
+        published = publish(options.output, options.push_to_hub, options.private, options.revision)
+        for name in published.deleted:
+            print(f"deleted from {options.push_to_hub}: {name}, of an earlier push")
+        print(published.commit_url)
     return 0
 
 
@@ -206,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         help="a training checkpoint, a Hugging Face folder of any dialect or layout, or a Hub id (user/name, "
-        "user/name@revision)",
+        "user/name@revision), or a folder with a LoRA adapter",
     )
     parser.add_argument("--output", type=Path, help="the folder to write")
     parser.add_argument("--epoch", type=int, help="epoch of a training checkpoint (default: the latest)")
@@ -227,7 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not reload the result and compare it"
     )
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the result to this repository")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="upload the result to this repository; weight files that an earlier such upload listed in its card and "
+        "this one does not have are deleted there, and nothing else",
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private if it is made now")
     parser.add_argument("--revision", help="branch to upload to (default: the main one)")
     return parser

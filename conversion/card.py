@@ -5,12 +5,18 @@ from typing import Any
 
 
 def model_card(
-    config: dict[str, Any], provenance: dict[str, str], parameters: int, digests: dict[str, str], remote_code: bool
+    config: dict[str, Any],
+    prompts: str,
+    provenance: dict[str, str],
+    parameters: int,
+    digests: dict[str, str],
+    remote_code: bool,
 ) -> str:
     """README.md of a converted folder. The same conversion gives the same card.
 
     Args:
         config: the written config.
+        prompts: how prompts are read, in one line.
         provenance: what the source is, which weights of it, and the dtype.
         parameters: elements in all tensors.
         digests: SHA-256 by file name.
@@ -47,9 +53,9 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER_OR_HUB_ID{trust}, dtype="aut
 tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_HUB_ID{trust})
 ```
 
-{note} A prompt is attended to in both directions (PrefixLM): it opens with token
-{config["bos_token_id"]} and closes with token {config["prefix_end_token_id"]}; a response ends with token
-{config["eos_token_id"]}.
+{note}
+
+Prompts are {_cell(prompts)}. A response ends with token {config["eos_token_id"]}.
 
 ## Provenance
 
@@ -65,4 +71,4 @@ SHA-256 of the files beside this one:
 
 def _cell(text: str) -> str:
     """Text that a checkpoint or its folder chose, made harmless in Markdown."""
-    return re.sub(r"[^\w .,:;@/()+=-]", "_", text)[:200]
+    return re.sub(r"[^\w .,:;@/()+=-]", "_", text)[:300]

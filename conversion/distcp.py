@@ -10,6 +10,7 @@ at a time, so that the optimizer state of a large checkpoint is never touched.
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,9 +21,13 @@ import torch
 from .errors import ConversionError
 from .layout import TensorSpec
 from .paths import inside
+from .reading import read_bytes, said, shown
 
 
-MAX_INDEX_BYTES = 256 * 2**20
+MAX_INDEX_BYTES = 64 * 2**20
+# The index of a checkpoint nests tuples three deep, and a tensor has at most a piece for each rank.
+_MOST_NESTED = 16
+_MOST_PIECES = 4096
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS = {
     *(
@@ -46,8 +51,12 @@ _RECORDS = {
 _DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles an index into stand-ins. Each instance makes its own, so that a pickle cannot alter another's."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Unpickles an index into stand-ins. Each instance makes its own, so that a pickle cannot alter another's.
+
+    This is the unpickler written in Python. The one written in C reserves memory for whatever number a pickle gives a
+    remembered object, and computes the hash of a deeply nested tuple until the stack of the process is used up.
+    """
 
     def __init__(self, file: io.BufferedIOBase):
         super().__init__(file)
@@ -57,7 +66,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) in _RECORDS:
             return self._record
         if module == "torch" and name == "Size":
-            return tuple
+            return lambda values=(): _numbers(values)
         if module == "torch" and name in _DTYPES:
             return getattr(torch, name)
         if (module, name) == ("collections", "OrderedDict"):
@@ -66,6 +75,31 @@ class _IndexUnpickler(pickle.Unpickler):
             # Some versions of Python pickle an enum member (here the memory format) as getattr(class, name).
             return lambda owner, attribute: None
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which the format does not need")
+
+
+def _nesting(value: tuple, levels: int = _MOST_NESTED) -> None:
+    if levels == 0:
+        raise pickle.UnpicklingError("its tuples are nested too deeply")
+    for item in value:
+        if type(item) is tuple:
+            _nesting(item, levels - 1)
+
+
+def _checking(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        load(unpickler)
+        _nesting(unpickler.stack[-1])
+
+    return checked
+
+
+_IndexUnpickler.dispatch = {
+    **pickle._Unpickler.dispatch,
+    **{
+        opcode[0]: _checking(pickle._Unpickler.dispatch[opcode[0]])
+        for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    },
+}
 
 
 def _set_state(record: Any, state: Any) -> None:
@@ -99,26 +133,18 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
     Raises:
         ConversionError: the index is missing, damaged, asks for code, or describes impossible tensors.
     """
-    path = inside(folder, ".metadata", folder)
-    if path.exists() and not path.is_file():
-        raise ConversionError(f"{path} is no plain file: put the file itself there")
+    path = folder / ".metadata"
+    content = read_bytes(folder, path.name, MAX_INDEX_BYTES)
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ConversionError(f"{path}: an index of more than 256 MiB is not one; copy the checkpoint again")
-        with open(path, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is missing: the checkpoint is incomplete; copy it again") from None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk and permissions") from None
-    except ConversionError:
-        raise
+        metadata = _IndexUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a hostile or damaged pickle can raise anything
-        raise ConversionError(f"{path} is not a safe index ({error}): copy the checkpoint again") from None
+        raise ConversionError(f"{path} is not a safe index ({said(error)}): copy the checkpoint again") from None
     try:
         return _tensors(metadata)
     except (ArithmeticError, AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
-        raise ConversionError(f"{path} is damaged ({error!r}): copy the checkpoint again") from None
+        raise ConversionError(
+            f"{path} is damaged ({type(error).__name__}: {said(error)}): copy the checkpoint again"
+        ) from None
 
 
 def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
@@ -155,13 +181,13 @@ def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
 def _numbers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
     if any(type(value) is not int or not 0 <= value < 2**62 for value in numbers):
-        raise ValueError(f"{numbers} are not sizes")
+        raise ValueError(f"{shown(numbers)} are not sizes")
     return numbers
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError(f"{value!r} is not a name")
+        raise ValueError(f"{shown(value)} is not a name")
     return value
 
 
@@ -172,13 +198,19 @@ def _check_cover(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None
             raise ValueError(f"a piece of {name} has another number of dimensions")
         if any(o + s > n for o, s, n in zip(piece.offsets, piece.sizes, shape, strict=True)):
             raise ValueError(f"a piece of {name} lies outside of it")
-    for i, a in enumerate(pieces):
-        for b in pieces[:i]:
+    if len(pieces) > _MOST_PIECES:
+        raise ValueError(f"{name} is in more than {_MOST_PIECES} pieces")
+    # Only pieces whose first rows have begun and not ended are compared: with pieces of rows that is one.
+    begun: list[Piece] = []
+    for a in sorted(pieces, key=lambda piece: piece.offsets):
+        begun = [b for b in begun if not shape or a.offsets[0] < b.offsets[0] + b.sizes[0]]
+        for b in begun:
             if all(
                 ao < bo + bs and bo < ao + as_
                 for ao, as_, bo, bs in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
             ):
                 raise ValueError(f"two pieces of {name} overlap")
+        begun.append(a)
     if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
         raise ValueError(f"the pieces of {name} do not cover it: a rank is missing")
 
@@ -235,7 +267,7 @@ def _read_piece(folder: Path, name: str, dtype: torch.dtype, piece: Piece) -> to
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk and permissions") from None
     except Exception as error:  # a hostile or damaged archive can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = said(error)
         raise ConversionError(f"{path} is damaged at {name} ({reason}): copy it again") from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise ConversionError(f"{path}: {name} is not a plain tensor; save the checkpoint again")

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from .card import model_card
 from .errors import ConversionError
 from .layout import TensorSpec, split_names
+from .prompts import find_prompts
 from .sources import Source
 from .tokenizer import MODULE as TOKENIZER_MODULE
-from .tokenizer import tokenizer_files
 from .writer import ShardWriter, plan_shards, shard_index, write_file
 
 
@@ -32,8 +32,8 @@ AUTO_CLASSES = {
     # `transformers serve` asks for this one first, and goes on with the library's own class where it is absent. Any
     # causal model decides, by the logits of the labels.
     "AutoModelForDecision": "modeling_hrm_text.HrmTextForCausalLM",
-    "AutoModelForSequenceClassification": "heads_hrm_text.HrmTextForSequenceClassification",
-    "AutoModelForTokenClassification": "heads_hrm_text.HrmTextForTokenClassification",
+    "AutoModelForSequenceClassification": "modeling_hrm_text.HrmTextForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hrm_text.HrmTextForTokenClassification",
 }
 
 
@@ -49,6 +49,8 @@ class Plan:
         specs: every tensor of the output, in file order.
         shards: the tensors in each weight file.
         files: content of every other file but the model card, which needs their digests.
+        prompts: how prompts are read, in one line.
+        warnings: what the user should know.
     """
 
     source: Source
@@ -58,6 +60,8 @@ class Plan:
     specs: dict[str, TensorSpec]
     shards: dict[str, list[str]]
     files: dict[str, bytes]
+    prompts: str
+    warnings: list[str]
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +85,12 @@ class Plan:
                 spec = self.specs[name]
                 shape = " x ".join(str(size) for size in spec.shape)
                 lines.append(f"{name:<56} {shape:>16} {str(spec.dtype).removeprefix('torch.'):>9}  {file}")
-        return [*lines, "", f"{len(self.specs)} tensors, {self.elements:,} parameters, {self.nbytes:,} bytes"]
+        return [
+            *lines,
+            "",
+            f"prompts: {self.prompts}",
+            f"{len(self.specs)} tensors, {self.elements:,} parameters, {self.nbytes:,} bytes",
+        ]
 
 
 def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: int) -> Plan:
@@ -106,8 +115,11 @@ def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: i
             specs[part] = TensorSpec((spec.shape[0] // len(parts), *spec.shape[1:]), kept)
     shards = plan_shards(specs, max_shard_bytes)
 
-    modules = _modules(layout, source.tokenizer is not None)
-    config = {**source.config, "dtype": str(target).removeprefix("torch.")}
+    prompts = find_prompts(source, ROOT)
+    modules = _modules(layout, prompts.own)
+    config = {**source.config, **prompts.fields, "dtype": str(target).removeprefix("torch.")}
+    if config["prefix_start_token_ids"] is None:
+        del config["prefix_start_token_ids"]
     if layout == "fused":
         present = {module.stem for module in modules}
         config["auto_map"] = {auto: name for auto, name in AUTO_CLASSES.items() if name.split(".")[0] in present}
@@ -119,10 +131,11 @@ def make_plan(source: Source, dtype: str | None, layout: str, max_shard_bytes: i
     files = {"config.json": _json(config), "generation_config.json": _json({**special, **generation})}
     if len(shards) > 1:
         files["model.safetensors.index.json"] = shard_index(shards, specs)
-    if source.tokenizer is not None:
-        files.update(tokenizer_files(source.tokenizer, config, ROOT))
+    files.update(prompts.files)
     files.update({module.name: module.read_bytes() for module in modules})
-    return Plan(source, config, target, layout, specs, shards, files)
+    return Plan(
+        source, config, target, layout, specs, shards, files, prompts.line, [*source.warnings, *prompts.warnings]
+    )
 
 
 def _modules(layout: str, with_tokenizer: bool) -> list[Path]:
@@ -163,7 +176,9 @@ def write(plan: Plan, folder: Path, progress: bool = True) -> None:
         "layout": plan.layout,
         "dtype": plan.config["dtype"],
     }
-    card = model_card(plan.config, provenance, plan.elements, files, remote_code="auto_map" in plan.config)
+    card = model_card(
+        plan.config, plan.prompts, provenance, plan.elements, files, remote_code="auto_map" in plan.config
+    )
     write_file(folder / "README.md", card.encode())
 
 

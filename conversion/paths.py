@@ -25,7 +25,10 @@ def inside(folder: Path, name: str, named_by: Path) -> Path:
             "do not use this checkpoint unless you trust where it came from"
         )
     path = folder / name
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a ring of links, which Python below 3.13 reports as the second
+        raise ConversionError(f"{path} is a link that leads nowhere: put the file itself there") from None
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append((folder.parent.parent / "blobs").resolve())

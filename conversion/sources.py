@@ -3,12 +3,12 @@
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from . import config as configs
@@ -16,11 +16,13 @@ from . import distcp
 from .errors import ConversionError
 from .layout import TensorSpec, group_names, measure
 from .paths import inside
-from .tokenizer import find_tokenizer, special_token_ids
+from .reading import is_there, read_json, read_yaml, shown
+from .tokenizer import Envelope, Tokenizer, find_tokenizer, read_tokenizer
 from .writer import tensor_bytes
 
 
-MAX_TEXT_BYTES = 64 * 2**20
+# A header of 150 bytes a tensor; the library allows six times as much.
+MAX_HEADER_BYTES = 16 * 2**20
 _TRAINING_NAME = re.compile(r"model\.([HL])_level\.core\.layers\.(\d+)\.(.+)")
 _TRAINING_OUTER_NAMES = {
     "model.zL_init": "model.z_L_init",
@@ -46,15 +48,21 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(kw_only=True)
 class Source:
-    """An opened checkpoint. Opening reads headers only; `read` reads one tensor of the published layout."""
+    """An opened checkpoint. Opening reads headers only; `read` reads one tensor of the published layout.
+
+    `envelope` is what the checkpoint calls the tokens of a prompt, and `prompts_stated` whether it says itself which
+    of them the model looks for.
+    """
 
     path: Path
     config: dict[str, Any]
     specs: dict[str, TensorSpec]
     provenance: dict[str, str]
     warnings: list[str]
-    tokenizer: Path | None
+    tokenizer: Tokenizer | None
     generation: dict[str, Any] = field(default_factory=dict)
+    envelope: Envelope = field(default_factory=Envelope)
+    prompts_stated: bool = True
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of this published name, on the CPU, in the dtype that it is stored in.
@@ -135,10 +143,10 @@ class _TrainingCheckpoint(Source):
         info = metadata.get("tokenizer_info") or {}
         if not isinstance(info, dict):
             raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_info is no table")
-        found = find_tokenizer(tokenizer) if tokenizer else _tokenizer_within(path, info.get("tokenizer_path"))
-        config, warnings = configs.from_training(
-            run, metadata, special_token_ids(found, dimensions.vocabulary), dimensions, str(path)
-        )
+        folder_of = find_tokenizer(tokenizer) if tokenizer else _tokenizer_within(path, info.get("tokenizer_path"))
+        found = read_tokenizer(folder_of, dimensions.vocabulary)
+        envelope = configs.training_envelope(info, found, str(path))
+        config, warnings = configs.from_training(run, metadata, envelope, found, dimensions, str(path))
         return cls(
             path=path,
             config=config,
@@ -151,6 +159,7 @@ class _TrainingCheckpoint(Source):
             },
             warnings=warnings,
             tokenizer=found,
+            envelope=envelope,
             folder=folder,
             index=index,
             keys=keys,
@@ -177,7 +186,7 @@ class _ModelFolder(Source):
         stored: dict[str, TensorSpec] = {}
         places: dict[str, tuple[Path, int]] = {}
         for file in dict.fromkeys(files.values()) if isinstance(files, dict) else files:
-            for name, (spec, start) in _header(file).items():
+            for name, (spec, start) in read_header(file).items():
                 if isinstance(files, dict) and files.get(name) != file:
                     raise ConversionError(
                         f"{file} holds {name}, which the index does not place there: download it again"
@@ -191,12 +200,12 @@ class _ModelFolder(Source):
         specs = {name: _joined(name, members, stored, path) for name, members in groups.items()}
         dimensions = measure(specs, str(path))
         specs = {name: specs[name] for name in dimensions.shapes()}
-        found = find_tokenizer(tokenizer or path, required=tokenizer is not None)
-        config, warnings = configs.from_published(
-            read_json(path, "config.json"), dimensions, special_token_ids(found, dimensions.vocabulary), str(path)
+        found = read_tokenizer(
+            find_tokenizer(tokenizer or path, required=tokenizer is not None), dimensions.vocabulary
         )
+        stored = read_json(path, "config.json")
+        config, warnings = configs.from_published(stored, dimensions, found, str(path))
         split = any(len(members) > 1 for members in groups.values())
-        generation = path / "generation_config.json"
         return cls(
             path=path,
             config=config,
@@ -208,7 +217,12 @@ class _ModelFolder(Source):
             },
             warnings=warnings,
             tokenizer=found,
-            generation=read_json(path, generation.name) if generation.exists() else {},
+            generation=configs.check_generation(
+                read_json(path, "generation_config.json") if is_there(path, "generation_config.json") else {},
+                str(path),
+            ),
+            envelope=configs.published_envelope(found),
+            prompts_stated="prefix_end_token_id" in stored,
             groups=groups,
             places=places,
         )
@@ -218,15 +232,7 @@ class _ModelFolder(Source):
         whole = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         members = self.groups[name]
         for member, part in zip(members, whole.chunk(len(members)), strict=True):
-            path, start = self.places[member]
-            try:
-                with open(path, "rb") as file:
-                    file.seek(start)
-                    read = file.readinto(tensor_bytes(part))
-            except OSError as error:
-                raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk") from None
-            if read != part.nbytes:
-                raise ConversionError(f"{path} became shorter while it was read: download it again")
+            _read_into(part, *self.places[member])
         return whole
 
 
@@ -267,7 +273,7 @@ def _training_keys(index: dict[str, distcp.IndexedTensor], weights: str, folder:
 def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
     """The safetensors files: by tensor name where an index says, else the one file."""
     index_path = path / "model.safetensors.index.json"
-    if index_path.exists():
+    if is_there(path, index_path.name):
         weight_map = read_json(path, index_path.name).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index_path} has no weight_map: download it again")
@@ -288,14 +294,18 @@ def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
     raise ConversionError(f"{path} has no model.safetensors: download the weights")
 
 
-def _header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
+def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     """Spec and offset of each tensor in a safetensors file, whose header the library has checked."""
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_without_waiting) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise ConversionError(f"{file} is no plain file: put the file itself there")
+            length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"its header would have {length:,} bytes")
             # The library says of every file that it cannot open that there is none.
             with safe_open(file, framework="pt", device="cpu"):
                 pass
-            length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
             size = os.fstat(opened.fileno()).st_size
     except PermissionError as error:
@@ -316,6 +326,29 @@ def _header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     return tensors
 
 
+def read_place(file: Path, spec: TensorSpec, start: int) -> torch.Tensor:
+    """The tensor that `read_header` found at `start`."""
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    _read_into(tensor, file, start)
+    return tensor
+
+
+def _read_into(tensor: torch.Tensor, path: Path, start: int) -> None:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            read = file.readinto(tensor_bytes(tensor))
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk") from None
+    if read != tensor.nbytes:
+        raise ConversionError(f"{path} became shorter while it was read: download it again")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file, and a pipe that nobody writes to without waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _joined(name: str, members: tuple[str, ...], stored: dict[str, TensorSpec], path: Path) -> TensorSpec:
     parts = [stored[member] for member in members]
     if len(parts) == 1:
@@ -328,7 +361,9 @@ def _joined(name: str, members: tuple[str, ...], stored: dict[str, TensorSpec], 
 
 def _tokenizer_within(path: Path, named: Any) -> Path | None:
     """The tokenizer inside a training checkpoint. The path in its metadata is one of the training machine."""
-    for folder in (path, path / Path(str(named)).name if named else path):
+    if not isinstance(named, str | None):
+        raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_path is {shown(named)}; it must be a string")
+    for folder in (path, path / Path(named).name if named else path):
         if folder.is_dir() and folder.resolve().is_relative_to(path.resolve()):
             found = find_tokenizer(folder, required=False)
             if found:
@@ -341,48 +376,3 @@ def _listing(path: Path) -> list[Path]:
         return list(path.iterdir())
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-
-
-def read_text(folder: Path, name: str) -> str:
-    """A small text file of a checkpoint.
-
-    Raises:
-        ConversionError: it is missing, unreadable, too large or not UTF-8.
-    """
-    path = inside(folder, name, folder)
-    if path.exists() and not path.is_file():
-        raise ConversionError(f"{path} is no plain file: put the file itself there")
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise ConversionError(f"{path} is larger than {MAX_TEXT_BYTES // 2**20} MiB: it is not what it should be")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is missing: the checkpoint is incomplete; copy it again") from None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    except UnicodeDecodeError:
-        raise ConversionError(f"{path} is no text file: copy it again") from None
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint, with the errors of `read_text` and for what is no object."""
-    try:
-        value = json.loads(read_text(folder, name))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{folder / name} is no valid JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise ConversionError(f"{folder / name} is no JSON object: download it again")
-    return value
-
-
-def read_yaml(folder: Path, name: str) -> dict[str, Any]:
-    """A YAML table of a checkpoint, plain data only, with the errors of `read_text` and for what is no table."""
-    text = read_text(folder, name)
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{folder / name} is no plain YAML ({reason}): copy it again") from None
-    if not isinstance(value, dict):
-        raise ConversionError(f"{folder / name} is no YAML table: copy it again")
-    return value

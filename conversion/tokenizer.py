@@ -1,15 +1,26 @@
-"""Tokenizer files: found beside a checkpoint, and written so that they load as this project's class."""
+"""Tokenizer files: found beside a checkpoint, read within bounds, and written so that they load.
+
+A tokenizer with HRM-Text's prompt tokens becomes this project's class. Any other keeps its class, files and template.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .paths import inside
+from .reading import is_there, read_bytes, read_json, read_text, shown
 
 
 MODULE = "tokenization_hrm_text.py"
 TEMPLATE = "chat_template.jinja"
+PADDING = "<|endoftext|>"
+CONDITIONS = {
+    "direct": "<|object_ref_start|>",
+    "cot": "<|object_ref_end|>",
+    "noisy": "<|quad_start|>",
+    "synth": "<|quad_end|>",
+}
 # How this project's class is named and set up, taken over from the project's own tokenizer_config.json.
 _OWN_SETTINGS = (
     "auto_map",
@@ -19,90 +30,246 @@ _OWN_SETTINGS = (
     "padding_side",
     "tokenizer_class",
 )
+# Any of these is a vocabulary that transformers can make a tokenizer of.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE)
+_TOOL_CALL = ("<tool_call>", "</tool_call>")
+_TEXT_SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The tokens of a prompt as a checkpoint names them: what opens and closes it, ends an answer, and conditions."""
+
+    start: str = "<|im_start|>"
+    end: str = "<|im_end|>"
+    answer_end: str = "<|box_end|>"
+    conditions: tuple[tuple[str, str], ...] = tuple(CONDITIONS.items())
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What is beside a checkpoint.
+
+    Attributes:
+        folder: where its files lie.
+        names: its files.
+        settings: `tokenizer_config.json`.
+        ids: id of each added token.
+        template: its chat template, None where it has none.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    ids: dict[str, int]
+    template: str | None
+
+    def special_id(self, name: str) -> int | None:
+        """The id of `bos_token`, `eos_token` or `pad_token` as the settings name them."""
+        token = self.settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return self.ids.get(token) if isinstance(token, str) else None
 
 
 def find_tokenizer(path: Path, required: bool = True) -> Path | None:
-    """The folder that holds `tokenizer.json`, given that folder or the file.
+    """The folder that holds a tokenizer, given that folder or its `tokenizer.json`.
 
     Raises:
-        ConversionError: there is none, and one is required.
+        ConversionError: there is none, and one is required; or one of its files is no plain file.
     """
     folder = path.parent if path.name == "tokenizer.json" else path
-    if (folder / "tokenizer.json").is_file():
+    if folder.is_dir() and any(is_there(folder, name) for name in _VOCABULARIES):
         return folder
     if required:
         raise ConversionError(f"{path} holds no tokenizer.json: pass --tokenizer with a folder that does")
     return None
 
 
-def special_token_ids(folder: Path | None, vocabulary: int) -> dict[str, int]:
-    """Id of each added token of a tokenizer; empty where there is no tokenizer.
+def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
+    """Reads and checks the files of a tokenizer; None where there is none.
+
+    Args:
+        folder: as of `find_tokenizer`.
+        vocabulary: tokens that the model knows.
 
     Raises:
-        ConversionError: it is no tokenizer, or has ids that a model of this vocabulary does not know.
+        ConversionError: it is no tokenizer, needs code of its own, or has ids that the model does not know.
     """
     if folder is None:
-        return {}
-    path = folder / "tokenizer.json"
-    content = _read_json(folder, path.name)
+        return None
+    names = tuple(name for name in (*_VOCABULARIES, *_OTHERS) if is_there(folder, name))
+    settings = read_json(folder, "tokenizer_config.json") if "tokenizer_config.json" in names else {}
+    where = folder / "tokenizer_config.json"
+    for name in _TEXT_SETTINGS:
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ConversionError(f"{where}: {name} is {shown(settings[name])}, which is no token")
+    for name in ("tokenizer_class", "default_condition", "prompt_end"):
+        if not isinstance(settings.get(name), str | None):
+            raise ConversionError(f"{where}: {name} is {shown(settings[name])}; it must be a string")
+    if not isinstance(settings.get("trained_on_tools", False), bool):
+        raise ConversionError(f"{where}: trained_on_tools is {shown(settings['trained_on_tools'])}, not true or false")
+    conditions = settings.get("condition_tokens", {})
+    if not isinstance(conditions, dict) or not all(isinstance(token, str) for token in conditions.values()):
+        raise ConversionError(f"{where}: condition_tokens is no table of tokens")
+    ids = _ids(folder, names, settings, vocabulary)
+    return Tokenizer(folder, names, settings, ids, _template(folder, names, settings))
+
+
+def _ids(folder: Path, names: tuple[str, ...], settings: dict[str, Any], vocabulary: int) -> dict[str, int]:
+    added: dict[str, Any] = {}
+    everything: list[Any] = []
     try:
-        added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-        ids = [*content["model"]["vocab"].values(), *added.values()]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} is no byte-level BPE tokenizer ({error!r}): pass another") from None
-    if any(type(index) is not int or not 0 <= index < vocabulary for index in ids):
-        raise ConversionError(
-            f"{path} has ids above the model's vocabulary of {vocabulary}: pass --tokenizer with its own"
-        )
+        for index, entry in settings.get("added_tokens_decoder", {}).items():
+            added[entry["content"]] = int(index)
+        if "added_tokens.json" in names:
+            added.update(read_json(folder, "added_tokens.json"))
+        if "tokenizer.json" in names:
+            content = read_json(folder, "tokenizer.json")
+            added.update({entry["content"]: entry["id"] for entry in content.get("added_tokens") or []})
+            pieces = content["model"]["vocab"]
+            # A byte-level vocabulary is a table, one of pieces with scores a list.
+            everything = list(pieces.values()) if isinstance(pieces, dict) else list(range(len(pieces)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{folder / 'tokenizer.json'} is no tokenizer ({error!r}): pass another") from None
+    for token, index in [*added.items(), *(("", index) for index in everything)]:
+        if type(token) is not str or type(index) is not int or not 0 <= index < vocabulary:
+            raise ConversionError(
+                f"{folder}: the tokenizer has ids above the model's vocabulary of {vocabulary}: pass --tokenizer with "
+                "its own"
+            )
     return added
 
 
-def tokenizer_files(folder: Path, config: dict[str, Any], root: Path) -> dict[str, bytes]:
-    """Name to content of the tokenizer files to write.
+def _template(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) -> str | None:
+    """The chat template: of the file, else of the settings, where a list names several."""
+    if TEMPLATE in names:
+        return read_text(folder, TEMPLATE)
+    stored = settings.get("chat_template")
+    if isinstance(stored, list):
+        try:
+            stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
+        except (KeyError, TypeError):
+            stored = 0
+    if not isinstance(stored, str | None):
+        raise ConversionError(f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor named texts")
+    return stored
 
-    Args:
-        folder: where the source's `tokenizer.json` lies.
-        config: the model's config, for the special tokens and the length.
-        root: where this project's tokenizer module, tokenizer_config.json and chat template lie.
+
+def speaks(tokenizer: Tokenizer, envelope: Envelope, config: dict[str, Any]) -> bool:
+    """Whether the tokenizer has the tokens of the envelope, and the config's bos token is the one that opens it."""
+    ids = tokenizer.ids
+    if (
+        "tokenizer.json" not in tokenizer.names
+        or not {envelope.start, envelope.end, envelope.answer_end} <= ids.keys()
+    ):
+        return False
+    return ids[envelope.start] == config.get("bos_token_id")
+
+
+def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name to content of the files of a tokenizer that stays what it is.
+
+    Raises:
+        ConversionError: it is made by code of its own, which is neither run nor copied.
     """
-    names = {index: name for name, index in special_token_ids(folder, config["vocab_size"]).items()}
-    try:
-        settings = _read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-        own = _read_json(root, "tokenizer_config.json")
-        template = folder
-        for token in ("bos_token", "eos_token", "pad_token"):
-            ids = config[f"{token}_id"]
-            index = ids[0] if isinstance(ids, list) else ids
-            if index in names:
-                settings[token] = names[index]
-        settings.setdefault("model_max_length", config["max_position_embeddings"])
-        if settings.get("auto_map") != own["auto_map"]:
-            # Made for another class, whose template does not know the envelope.
-            settings.pop("chat_template", None)
-            template = root
-            settings.update({key: own[key] for key in _OWN_SETTINGS})
-            # Transformers 5 writes a list under the first name, which 4 reads under the second.
-            if isinstance(settings.get("extra_special_tokens"), list):
-                settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConversionError(f"{folder / 'tokenizer_config.json'} is no tokenizer config ({error!r})") from None
-    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    files = {"tokenizer.json": _read(folder, "tokenizer.json"), "tokenizer_config.json": text.encode()}
-    if (template / TEMPLATE).exists():
-        files[TEMPLATE] = _read(template, TEMPLATE)
+    files = {name: read_bytes(tokenizer.folder, name) for name in tokenizer.names}
+    settings = tokenizer.settings
+    if "auto_map" in settings:
+        made_of = settings.get("tokenizer_class")
+        if made_of not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            raise ConversionError(
+                f"{tokenizer.folder / 'tokenizer_config.json'}: the tokenizer is made by code of its own "
+                f"({shown(settings['auto_map'])}), which is not run; pass --tokenizer with a class of transformers"
+            )
+        settings = {key: value for key, value in settings.items() if key != "auto_map"}
+    if "tokenizer.json" in tokenizer.names and "tokenizer_class" not in settings:
+        settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if settings != tokenizer.settings:
+        files["tokenizer_config.json"] = _json(settings)
     return files
 
 
-def _read(folder: Path, name: str) -> bytes:
-    path = inside(folder, name, folder)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+def own_files(
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    envelope: Envelope,
+    root: Path,
+    keep_template: bool,
+    default_condition: str | None = None,
+) -> dict[str, bytes]:
+    """Name to content of the files of a tokenizer that becomes this project's class.
+
+    Args:
+        tokenizer: the checkpoint's.
+        config: the model's config, for the special tokens and the length.
+        envelope: what the checkpoint calls the tokens of a prompt.
+        root: where this project's tokenizer_config.json and chat template lie.
+        keep_template: keep the checkpoint's chat template, which knows tools, in place of the project's.
+        default_condition: condition of a prompt that names none; None is the checkpoint's or the project's.
+    """
+    names = {index: name for name, index in tokenizer.ids.items()}
+    settings = dict(tokenizer.settings)
+    own = json.loads((root / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for token in ("bos_token", "eos_token", "pad_token"):
+        ids = config[f"{token}_id"]
+        index = ids[0] if isinstance(ids, list) and ids else ids
+        if index in names:
+            settings[token] = names[index]
+    settings.setdefault("model_max_length", config["max_position_embeddings"])
+    if is_ours := settings.get("auto_map") == own["auto_map"]:
+        template = tokenizer.template if TEMPLATE in tokenizer.names else None
+    else:
+        settings.pop("chat_template", None)
+        template = tokenizer.template
+        kept = {key: settings[key] for key in ("default_condition",) if key in settings}
+        settings.update({key: own[key] for key in _OWN_SETTINGS})
+        settings.update(kept)
+        # Transformers 5 writes a list under the first name, which 4 reads under the second.
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if default_condition is not None:
+        settings["default_condition"] = default_condition
+    if keep_template and all(token in tokenizer.ids for token in _TOOL_CALL):
+        settings.setdefault("trained_on_tools", True)
+    if envelope.end != Envelope.end:
+        settings["prompt_end"] = envelope.end
+    if envelope.conditions != Envelope.conditions:
+        settings["condition_tokens"] = dict(envelope.conditions)
+        tags = (tag.strip() for tag in settings.get("default_condition", "direct").split(","))
+        if not all(tag in ("", *dict(envelope.conditions)) for tag in tags):
+            settings["default_condition"] = ""
+    files = {
+        "tokenizer.json": read_bytes(tokenizer.folder, "tokenizer.json"),
+        "tokenizer_config.json": _json(settings),
+    }
+    if not (is_ours or keep_template):
+        template = _own_template(root, envelope)
+    if template is not None:
+        files[TEMPLATE] = template.encode()
+    return files
 
 
-def _read_json(folder: Path, name: str) -> Any:
-    try:
-        return json.loads(_read(folder, name))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{folder / name} is no valid JSON ({error}): pass --tokenizer with another") from None
+def _own_template(root: Path, envelope: Envelope) -> str:
+    """The project's chat template with the tokens of the envelope in the place of the 1B's."""
+    text = (root / TEMPLATE).read_text(encoding="utf-8")
+    if envelope == Envelope():
+        return text
+    usual = Envelope()
+    for old, new in (
+        (json.dumps(dict(usual.conditions)), json.dumps(dict(envelope.conditions), ensure_ascii=False)),
+        *(
+            (f'"{getattr(usual, part)}"', json.dumps(getattr(envelope, part)))
+            for part in ("start", "end", "answer_end")
+        ),
+    ):
+        if text.count(old) != 1:
+            raise ValueError(f"{TEMPLATE} names {old} {text.count(old)} times, and should once")
+        text = text.replace(old, new)
+    return text
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

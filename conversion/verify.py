@@ -168,7 +168,6 @@ def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
     """A model made from the config and the source's tensors in memory, which no file of the folder but its code has
     part in."""
     import torch
-    from accelerate import init_empty_weights
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     config = request["config"]
@@ -180,12 +179,34 @@ def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights(include_buffers=False):
+        with _parameters_without_memory():
             model = model_class(settings).eval()
     finally:
         torch.set_default_dtype(default)
     model.load_state_dict(dict(_tensors(source, model.state_dict().keys(), dtype)), assign=True)
     return model
+
+
+@contextlib.contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Parameters made inside are on the meta device, one at a time; buffers, such as rotary frequencies, are real.
+
+    accelerate has this too, but converting needs torch and transformers alone.
+    """
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def _tensors(source: Any, names: Collection[str], dtype: Any) -> Iterator[tuple[str, Any]]:
@@ -201,11 +222,14 @@ def _tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
     """What the folder's tokenizer is, and where it disagrees with the config."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer.json").exists():
+    from .tokenizer import find_tokenizer
+
+    if find_tokenizer(folder, required=False) is None:
         return "none was found: pass --tokenizer to make the folder complete", []
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     faults = []
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    # A tokenizer that was kept as it is may disagree with its config, as it did in the source.
+    for field in () if not hasattr(tokenizer, "encode_prompt") else ("bos_token_id", "eos_token_id", "pad_token_id"):
         said, found = request["config"][field], getattr(tokenizer, field)
         if found not in (said if isinstance(said, list) else [said]):
             faults.append(f"{field} is {said} in the config and {found} in the tokenizer")

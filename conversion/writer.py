@@ -33,7 +33,11 @@ _MODEL_SUFFIXES = {".json", ".py", ".safetensors"}
 
 
 def plan_shards(specs: dict[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:
-    """File name to the tensors in it, in order, none above `max_bytes` unless one tensor alone is."""
+    """File name to the tensors in it, in order, none above `max_bytes` unless one tensor alone is.
+
+    Shards follow one another in the order of the tensors, so that each is read once and written at once.
+    `huggingface_hub`'s function takes a tensor that is larger than a shard out of that order.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -188,7 +192,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
                 raise ConversionError(
                     f"--output {output} holds {name}, which no conversion wrote: move it, or choose another folder"
                 )
-        if "config.json" not in entries:
+        if not {"config.json", "adapter_config.json"} & set(entries):
             raise ConversionError(f"--output {output} is not a model's folder: choose another")
     except OSError as error:
         raise ConversionError(f"--output {output} cannot be read ({error.strerror}): check its permissions") from None

@@ -340,6 +340,7 @@ def test_files_that_may_not_be_read_or_written(tmp_path, training):
         capture_output=True,
         text=True,
         preexec_fn=without_the_superusers_rights,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"] * len(cases)
@@ -474,7 +475,7 @@ def test_fifty_kills_of_the_program(tmp_path):
         "--force",
     ]
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     duration = time.monotonic() - began
     chance = random.Random(0)
     killed = 0
@@ -484,12 +485,12 @@ def test_fifty_kills_of_the_program(tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0, duration))
         process.send_signal(signal.SIGKILL)
-        killed += process.wait() != 0
+        killed += process.wait(timeout=60) != 0
         assert (
             snapshot(tmp_path / "out") == expected
             if number < 25
             else (not (tmp_path / "out").exists() or snapshot(tmp_path / "out") == expected)
         )
     assert killed >= 25
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out", "source"]

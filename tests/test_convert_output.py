@@ -376,7 +376,7 @@ def test_memory_is_that_of_one_tensor(tmp_path, layout):
         file.add(name, torch.full(spec.shape, 0.5, dtype=spec.dtype))
     file.close()
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300)
     largest = max(spec.nbytes for spec in specs.values())
     assert int(done.stdout) < 2 * largest + 64 * 2**20
 
@@ -390,6 +390,7 @@ def limited(code, **environment):
         cwd=ROOT,
         env={**os.environ, **environment},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
+        timeout=300,
     )
 
 

@@ -51,7 +51,9 @@ def run(hub, tmp_path):
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+        )
 
     return run
 
@@ -84,6 +86,24 @@ def test_publish_and_convert_what_was_published(run, hub, source, tmp_path):
     push("half", "--dtype", "bfloat16", "--revision", "half")
     assert repository.branches["main"] == as_files(tmp_path / "shards")
     assert repository.branches["half"] == as_files(tmp_path / "half")
+
+    # Weights of others stay, also such as look like ours; only what an earlier push listed goes, and it is said.
+    others = {"adapter.safetensors": b"a", "sub/model.safetensors": b"b", "model-00007-of-00009.safetensors": b"c"}
+    repository.branches["main"].update(others)
+    done = run(program, source, "--output", tmp_path / "whole", "--no-verify", "--push-to-hub", "me/mine")
+    assert done.returncode == 0, done.stderr
+    assert repository.branches["main"] == {**as_files(tmp_path / "whole"), **others}
+    gone = sorted(as_files(tmp_path / "shards").keys() - as_files(tmp_path / "whole").keys())
+    said = [line.split()[3].rstrip(",") for line in done.stdout.splitlines() if line.startswith("deleted from")]
+    assert said == gone and "model.safetensors.index.json" in gone
+
+    # Weights of unknown origin that would be loaded in place of the new ones.
+    repository.branches["main"]["README.md"] = b"my own card"
+    arguments = ["--output", tmp_path / "again", "--no-verify", "--push-to-hub", "me/mine"]
+    before = dict(repository.branches["main"])
+    done = run(program, source, *arguments, "--max-shard-size", "100KB")
+    assert done.returncode == 1 and "model.safetensors that no push of a converted folder listed" in done.stderr
+    assert repository.branches["main"] == before
 
     # And from the Hub to a folder again.
     back = run(program, "me/mine@half", "--output", tmp_path / "back", "--no-verify")

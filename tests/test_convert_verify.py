@@ -206,7 +206,10 @@ def test_a_split_folder_is_compared_with_and_without_a_class_for_it(tmp_path, mo
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "convert_weights.py"), *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, str(ROOT / "convert_weights.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
