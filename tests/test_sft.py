@@ -18,13 +18,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from training.credit import GradientStepsWarmup
-from training.data import PrefixLMCollator, encode_rows, read_rows
+from training.data import EMPTY, TOO_LONG, EncodingReport, PrefixLMCollator, encode_rows, read_rows
 from training.hub_folder import save_nano
 from training.nano_tasks import CONDITIONS, TASKS, draw
 from training.sft import LORA_TARGETS, main
 from training.trainer import read_log
 
+from .test_formats import write_tokens
 from .tiny import ROOT, tiny_model
+
+
+NOTHING = EncodingReport().left_out
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_full_training_writes_a_complete_folder(folder, data, tokenizer, tmp_pat
         == 0
     )
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert summary["rows"] == {"kept": 40, "empty": 0, "too_long": 0}
+    assert summary["rows"] == {"kept": 40, "left_out": NOTHING}
     assert summary["steps"] == 6 and summary["held_out"] == 4 and 0 <= summary["exact_match"] <= 1
     assert losses(output)[-1] < losses(output)[0] and summary["loss"] == losses(output)[-1]
     assert (output / "training" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -104,7 +108,7 @@ def test_chats_from_a_datasets_folder(folder, tmp_path, capsys):
     options = ("--condition", "synth,cot", "--length", "80", "--packed", "--epochs", "3", "--accumulate", "2")
     assert main(command(folder, tmp_path / "chats", output, *options, "--held-out", "0.2")) == 0
     summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert summary["rows"] == {"kept": 6, "empty": 2, "too_long": 1}
+    assert summary["rows"] == {"kept": 6, "left_out": {**NOTHING, EMPTY: 2, TOO_LONG: 1}}
     assert summary["held_out"] == 1 and summary["steps"] == 3
     assert json.loads((output / "training" / "summary.json").read_text()) == summary
 
@@ -269,13 +273,54 @@ def test_a_killed_run_goes_on_to_the_same_loss(folder, data, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(timeout=60) == -signal.SIGKILL
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     subprocess.run(arguments, check=True, env=environment(), cwd=tmp_path, timeout=300)
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
     whole, cut = load(tmp_path / "whole"), load(tmp_path / "cut")
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(cut.get_parameter(name), parameter, msg=name)
+
+
+def test_without_matplotlib_only_the_picture_is_missing(folder, data, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(command(folder, data, tmp_path, "--max-steps", "2", "--held-out", "0")) == 0
+    assert json.loads((tmp_path / "training" / "summary.json").read_text())["steps"] == 2
+    assert "no loss.png: curves are drawn with matplotlib" in caplog.text
+    assert not (tmp_path / "training" / "loss.png").exists()
+
+
+def test_an_adapter_on_the_output_head(folder, data, tmp_path):
+    pytest.importorskip("peft")
+    options = ("--lora", "4", "--lora-targets", "lm_head", "o_proj", "--max-steps", "3", "--held-out", "0")
+    assert main(command(folder, data, tmp_path, *options, "--learning-rate", "1e-2")) == 0
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name for name in stored) and any("lm_head" in name for name in stored)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 32
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_fields_that_are_unknown_or_left_aside(folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"instruction": "a", "output": str(n), "id": n}) + "\n" for n in range(4)))
+    options = ("--max-steps", "1", "--held-out", "0")
+    assert main(command(folder, file, tmp_path / "out", *options)) == 1
+    assert "row 1: the field `id` is unknown beside `instruction`" in capsys.readouterr().err
+    assert main(command(folder, file, tmp_path / "out", *options, "--ignore-fields", "id")) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]["kept"] == 4
+
+
+def test_a_folder_of_tokens(folder, data, tokenizer, tmp_path, capsys):
+    examples, _ = encode_rows(read_rows(data), tokenizer, 200)
+    splits = [example["labels"].count(-100) for example in examples]
+    pairs = [(example["input_ids"][:at], example["input_ids"][at:]) for example, at in zip(examples, splits)]
+    write_tokens(tmp_path / "tokens", pairs, tmp_path / "tokens" / "epoch_0")
+    options = ("--max-steps", "2", "--held-out", "0")
+    assert main(command(folder, data, tmp_path / "texts", *options)) == 0
+    assert main(command(folder, tmp_path / "tokens", tmp_path / "ids", *options)) == 0
+    assert losses(tmp_path / "ids") == losses(tmp_path / "texts")
+    assert main(command(folder, tmp_path / "tokens", tmp_path / "no", *options, "--condition", "direct")) == 1
+    assert "holds ids: leave --condition" in capsys.readouterr().err
 
 
 def test_going_on_with_other_options_is_refused(folder, data, tmp_path, capsys):
@@ -288,7 +333,12 @@ def test_going_on_with_other_options_is_refused(folder, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--length", "5"), 1, "nothing to train on (40 rows: 0 kept, 0 without a response, 40 too long)"),
+        (
+            ("--length", "5"),
+            1,
+            "nothing to train on (40 rows: 0 kept, 0 without a response, 0 of weight 0, 40 too long)",
+        ),
+        (("--lora", "4", "--lora-targets", "q_proj"), 1, "--lora-targets q_proj: the linear layers are down_proj"),
         (("--data", "nowhere.jsonl"), 1, "nowhere.jsonl: there is no such file"),
         (("--model", "./nowhere"), 1, "nowhere"),
         (("--condition", "chatty"), 1, "--condition chatty: unknown"),

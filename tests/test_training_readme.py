@@ -45,10 +45,14 @@ def test_the_commands_do_what_they_say(tmp_path):
         for folder in (copy / "runs").iterdir()
         if folder.is_dir()
     }
-    assert set(summaries) == {"doubler", "two", "adapter"}
+    assert set(summaries) >= {"doubler", "two", "adapter"}
     for name, summary in summaries.items():
-        assert summary["rows"] == {"kept": 990, "empty": 0, "too_long": 0} and summary["held_out"] == 20, name
-        assert (copy / "runs" / name / "training" / "loss.png").exists()
+        if "rows" not in summary:  # of a recipe on a stock trainer
+            assert summary["after"] > summary["before"] + 0.1, name
+            assert (copy / "runs" / name / "training" / "curves.png").exists()
+            continue
+        assert summary["rows"]["kept"] == 990 and not any(summary["rows"]["left_out"].values()), name
+        assert summary["held_out"] == 20 and (copy / "runs" / name / "training" / "loss.png").exists()
     assert summaries["doubler"]["exact_match"] >= 0.5
     assert summaries["adapter"]["loss"] < 3
     assert re.search(r"^874$", written, re.MULTILINE)

@@ -1,20 +1,22 @@
 """From rows of questions and answers to batches.
 
-A row is `{"instruction": ..., "response": ..., "condition": ...}`, or `{"messages": [...], "condition": ...}` with
-messages `{"role": ..., "content": ...}`; the condition may be left out. Prompts become prefix blocks (`token_type_ids`
-1), and the loss is asked for on responses and the token that ends them.
+`formats.py` says what a row may look like. Prompts become prefix blocks (`token_type_ids` 1), and the loss is asked
+for on responses and the token that ends them.
 """
 
+import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from jinja2 import TemplateError
+
+from .formats import Row, read_row
 
 
 IGNORED = -100
@@ -24,25 +26,34 @@ IGNORED = -100
 Example = dict[str, list[int]]
 
 
+# Why a row is left out.
+EMPTY, WEIGHTLESS, TOO_LONG = "without a response", "of weight 0", "too long"
+
+
 @dataclass
 class EncodingReport:
-    """What became of the rows."""
+    """What became of the rows: how many were kept, and how many were left out for which reason."""
 
     kept: int = 0
-    empty: int = 0
-    too_long: int = 0
+    left_out: dict[str, int] = field(default_factory=lambda: {EMPTY: 0, WEIGHTLESS: 0, TOO_LONG: 0})
 
     def __str__(self) -> str:
-        rows = self.kept + self.empty + self.too_long
-        return f"{rows} rows: {self.kept} kept, {self.empty} without a response, {self.too_long} too long"
+        parts = [f"{self.kept} kept", *(f"{count} {reason}" for reason, count in self.left_out.items())]
+        return f"{self.kept + sum(self.left_out.values())} rows: {', '.join(parts)}"
+
+
+# Files
 
 
 def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON Lines file, of a folder saved by `datasets`, or of anything that yields mappings.
+    """Rows of a file (JSON Lines, a JSON list, CSV, Parquet), of a folder saved by `datasets`, or of any mappings.
+
+    In a CSV file everything is text, and an empty cell is an absent field.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: a line is not a JSON object; the message names file and line.
+        ImportError: Parquet, or a folder, without `datasets`.
+        ValueError: a row that cannot be read; the message names file and line.
     """
     if not isinstance(source, (str, Path)):
         yield from (dict(row) for row in source)
@@ -50,36 +61,66 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    if path.is_dir():
-        yield from (dict(row) for row in _saved_dataset(path))
+    if path.is_dir() or path.suffix == ".parquet":
+        yield from (dict(row) for row in _dataset(path))
         return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(_text_lines(lines, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row must be a JSON object, this is {type(row).__name__}")
-            yield row
-
-
-def _text_lines(lines: Iterable[str], path: Path) -> Iterator[str]:
     try:
-        yield from lines
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(file, path) if path.suffix == ".csv" else _json_rows(file, path)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not text in UTF-8; give JSON Lines, or load it with `datasets` and save_to_disk() it to a folder"
+            f"{path}: not text in UTF-8; give JSON Lines, JSON, .csv or .parquet, or a folder that `datasets` saved"
         ) from error
 
 
-def _saved_dataset(path: Path) -> Iterable[Mapping[str, Any]]:
+def _csv_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: not as many cells as the first line, which names them, has: "
+                    f"{len(reader.fieldnames)}"
+                )
+            yield {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def _json_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+    beginning = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    if beginning.lstrip().startswith("["):
+        try:
+            rows = json.load(file)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: begins like a JSON list and is none ({error})") from error
+        numbered = (("row", number, row) for number, row in enumerate(rows, start=1))
+    else:
+        numbered = (("line", number, line) for number, line in enumerate(file, start=1) if line.strip())
+    for unit, number, row in numbered:
+        if unit == "line":
+            try:
+                row = json.loads(row)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {unit} {number}: a row must be a JSON object, this is {type(row).__name__}")
+        yield row
+
+
+def _dataset(path: Path) -> Iterable[Mapping[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{path} is a folder, which the package `datasets` reads: pip install datasets") from error
+        raise ImportError(f"{path} is read by the package `datasets`: pip install datasets") from error
+    if path.is_file():
+        try:
+            # Streamed, so that nothing is written to a cache.
+            yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:  # pyarrow's errors are ValueErrors
+            raise ValueError(f"{path}: not Parquet ({error})") from error
+        return
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded:
@@ -87,7 +128,10 @@ def _saved_dataset(path: Path) -> Iterable[Mapping[str, Any]]:
                 f"{path} holds the splits {', '.join(loaded)} and no `train`: pass the folder of one split"
             )
         loaded = loaded["train"]
-    return loaded
+    yield from loaded
+
+
+# Rows to examples
 
 
 def encode_rows(
@@ -95,17 +139,19 @@ def encode_rows(
     tokenizer: Any,
     max_length: int,
     condition: str | None = None,
+    ignored: Collection[str] = (),
 ) -> tuple[list[Example], EncodingReport]:
-    """Tokenizes rows; those without a response and those above `max_length` tokens are left out and counted.
+    """Tokenizes rows; those with nothing to learn and those above `max_length` tokens are left out and counted.
 
     Args:
-        rows: see the top of this file.
+        rows: see `formats.py`.
         tokenizer: an `HrmTextTokenizer`.
         max_length: most tokens of a sequence.
         condition: condition of the rows that name none; None is the tokenizer's default.
+        ignored: fields of rows that are left aside.
 
     Raises:
-        ValueError: a row with neither form, or with a condition that is unknown; the message names the row, from 1.
+        ValueError: a row of no known form, with an unknown field or condition; the message names the row, from 1.
     """
     if not hasattr(tokenizer, "encode_prompt"):
         raise TypeError(
@@ -115,56 +161,78 @@ def encode_rows(
     examples, report = [], EncodingReport()
     for number, row in enumerate(rows, start=1):
         try:
-            example = _encode(row, tokenizer, condition)
+            read = read_row(row, ignored)
+            example = None if read is None else _encode(read, tokenizer, condition)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {number}: {error}") from error
-        if example is None:
-            report.empty += 1
-        elif len(example["input_ids"]) > max_length:
-            report.too_long += 1
-        else:
-            report.kept += 1
-            examples.append(example)
+        _keep(example, WEIGHTLESS if read is None else EMPTY, examples, report, max_length)
     return examples, report
 
 
-def _encode(row: Mapping[str, Any], tokenizer: Any, condition: str | None) -> Example | None:
+def keep_fitting(examples: Iterable[Example], max_length: int) -> tuple[list[Example], EncodingReport]:
+    """Examples of at most `max_length` tokens, and what became of the others."""
+    kept, report = [], EncodingReport()
+    for example in examples:
+        _keep(example, EMPTY, kept, report, max_length)
+    return kept, report
+
+
+def _keep(
+    example: Example | None, reason: str, examples: list[Example], report: EncodingReport, max_length: int
+) -> None:
+    if example is not None and len(example["input_ids"]) > max_length:
+        example, reason = None, TOO_LONG
+    if example is None:
+        report.left_out[reason] += 1
+    else:
+        report.kept += 1
+        examples.append(example)
+
+
+def _encode(row: Row, tokenizer: Any, condition: str | None) -> Example | None:
     """One sequence, or None for a row with nothing to learn from."""
-    condition = row.get("condition") or condition
-    if row.get("messages") is not None:
-        return _encode_messages(row["messages"], tokenizer, condition)
-    missing = [name for name in ("instruction", "response") if not isinstance(row.get(name), str | None)]
-    if missing or row.get("instruction") is None:
-        raise ValueError(
-            f"a row needs `instruction` and `response`, both strings, or `messages`; this one has {sorted(row)}"
-        )
-    if not (row.get("response") or "").strip():
-        return None
-    prompt = tokenizer.encode_prompt(row["instruction"], condition)["input_ids"]
-    return join(prompt, plain_ids(tokenizer, [row["response"]])[0], tokenizer.eos_token_id)
-
-
-def _encode_messages(messages: Any, tokenizer: Any, condition: str | None) -> Example | None:
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError('`messages` must be a list of {"role": ..., "content": ...}')
-    messages = list(messages)
+    condition = condition if row.condition is None else row.condition
+    messages, learned = list(row.messages), list(row.learned)
     while messages and messages[-1].get("role") != "assistant":  # a prompt that nothing answers teaches nothing
         messages.pop()
-    answers = [message.get("content") for message in messages if message.get("role") == "assistant"]
-    if not answers or not all(answer.strip() if isinstance(answer, str) else answer for answer in answers):
+    answers = [message for message in messages if message.get("role") == "assistant"]
+    if not any(learned) or not all(_says_something(message) for message in answers):
         return None
+    roles = [message.get("role") for message in messages]
+    plain = all(isinstance(each.get("content"), str) and not each.get("tool_calls") for each in messages)
+    if roles == ["user", "assistant"] and plain and not row.tools:
+        # The same as by the template, and a good deal faster.
+        prompt = tokenizer.encode_prompt(messages[0]["content"], condition)["input_ids"]
+        return join(prompt, plain_ids(tokenizer, [messages[1]["content"]])[0], tokenizer.eos_token_id)
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, condition=condition, return_dict=True, return_assistant_tokens_mask=True
+            messages, tools=row.tools, condition=condition, return_dict=True, return_assistant_tokens_mask=True
         )
     except TemplateError as error:
         raise ValueError(str(error)) from error
     ids, answered = encoded["input_ids"], encoded["assistant_masks"]
     return {
         "input_ids": ids,
-        "labels": [token if asked else IGNORED for token, asked in zip(ids, answered)],
+        "labels": [token if asked else IGNORED for token, asked in zip(ids, _learned_only(answered, learned))],
         "token_type_ids": encoded["token_type_ids"],
     }
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(message.get("tool_calls") or (content.strip() if isinstance(content, str) else content))
+
+
+def _learned_only(answered: Sequence[int], learned: Sequence[bool]) -> list[int]:
+    """The mask of the answers without those that are not to be learned; answers lie apart, prompts between them."""
+    result, answer, before = [], -1, 0
+    if sum(asked and not previous for previous, asked in zip((0, *answered), answered)) != len(learned):
+        raise ValueError("the chat template does not mark each answer apart, by which they are weighed")
+    for asked in answered:
+        answer += asked and not before
+        result.append(int(asked and learned[answer]))
+        before = asked
+    return result
 
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -180,6 +248,12 @@ def join(prompt: list[int], response: list[int], eos_token_id: int) -> Example:
         "labels": [IGNORED] * len(prompt) + answer,
         "token_type_ids": [1] * len(prompt) + [0] * len(answer),
     }
+
+
+def closing_id(tokenizer: Any) -> int | None:
+    """The token that ends a prompt and stands nowhere else; None for an envelope that ends in ordinary tokens."""
+    end = tokenizer.prefix_end_token_id
+    return end if isinstance(end, int) else None
 
 
 # Groups of examples

@@ -1,4 +1,4 @@
-"""Loss and accuracy curves as PNG."""
+"""Curves as PNG: loss and accuracy of a training, what the recipes reach, and what adapters learn and keep."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,7 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("curves are drawn with matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     measures = sorted({name for entry in log for name in entry if "/" in name or "exact" in name})
     figure, axes = pyplot.subplots(1, 2 if measures else 1, figsize=(12 if measures else 7, 4.5), squeeze=False)
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -43,3 +37,64 @@ def plot_curves(log: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_run(log: Sequence[dict[str, Any]], trained: str, judged: str, path: str | Path) -> None:
+    """Draws what a trainer works on, and beside it the held-out questions.
+
+    Args:
+        log: a trainer's `log_history`.
+        trained: name of the entry on the left, as "loss" or "reward".
+        judged: name of the entry on the right, a share.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    for place, name, scale in ((axes[0], trained, 1), (axes[1], judged, 100)):
+        points = [(entry["step"], scale * entry[name]) for entry in log if name in entry]
+        if points:
+            place.plot(*zip(*points), color="tab:blue")
+        place.set(xlabel="optimizer step")
+        place.grid(alpha=0.3)
+    axes[0].set(ylabel=trained, title="training")
+    axes[1].set(ylabel="answered exactly, %", title="held-out questions", ylim=(0, 100))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def plot_learned_and_kept(points: Sequence[tuple[str, float, float]], path: str | Path) -> None:
+    """Draws each way to train as a point: the share learned of something new, and the share kept of the old.
+
+    Args:
+        points: label, share learned, share kept.
+        path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for number, (label, learned, kept) in enumerate(points):
+        marker = "os^Dv<>PX*"[number // 10 % 10]
+        axes.scatter(100 * learned, 100 * kept, color=f"C{number % 10}", marker=marker, label=label)
+    axes.set(xlabel="new questions answered exactly, %", ylabel="old questions answered exactly, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("curves are drawn with matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

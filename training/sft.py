@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from .answers import exact_matches
-from .data import Example, PrefixLMCollator, encode_rows, pack, read_rows
+from .data import EncodingReport, Example, PrefixLMCollator, encode_rows, keep_fitting, pack, read_rows
 from .optimization import OPTIMIZERS
 from .plots import plot_curves
+from .tokenized import is_tokenized, read_tokenized
 from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
 
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Every linear layer of both stacks. gate, q, k and v lie in one matrix, as do gate and up of the MLP.
 LORA_TARGETS = ("gqkv_proj", "o_proj", "gate_up_proj", "down_proj")
+# Scale of the adapters by their rank: `lora_study.py` says why.
+LORA_ALPHA_OF_RANK = 8
 WORK = "training"
 OPTIONS_FILE = "options.json"
 
@@ -59,6 +62,8 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, torch.dtype
         tokenizer.encode_prompt("", options.condition)
     except ValueError as error:
         raise ValueError(f"--condition {options.condition}: {error}") from error
+    if options.tools:
+        tokenizer.trained_on_tools = True
     stored = model.dtype
     if not options.lora:
         # Small updates would be rounded away in bfloat16.
@@ -67,15 +72,31 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, torch.dtype
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("--lora needs peft: pip install peft") from error
+    linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    if unknown := [name for name in options.lora_targets if name.rsplit(".", 1)[-1] not in linear]:
+        raise ValueError(f"--lora-targets {' '.join(unknown)}: the linear layers are {', '.join(sorted(linear))}")
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora,
-        lora_alpha=options.lora_alpha or options.lora,
+        lora_alpha=options.lora_alpha or LORA_ALPHA_OF_RANK * options.lora,
         target_modules=list(options.lora_targets),
     )
     if not options.bf16:
         model = model.float()
     return get_peft_model(model, adapters), tokenizer, stored
+
+
+def read_examples(
+    options: argparse.Namespace, tokenizer: Any, longest: int, progress: bool
+) -> tuple[list[Example], EncodingReport]:
+    """What `--data` holds, and what became of it: rows of any known form, or a tokenized folder."""
+    if is_tokenized(options.data):
+        if options.condition is not None or options.ignore_fields:
+            raise ValueError(f"--data {options.data} holds ids: leave --condition and --ignore-fields out")
+        stored = tqdm(read_tokenized(options.data, tokenizer), desc="reading", unit=" rows", disable=not progress)
+        return keep_fitting(stored, longest)
+    rows = tqdm(read_rows(options.data), desc="reading", unit=" rows", disable=not progress)
+    return encode_rows(rows, tokenizer, longest, options.condition, options.ignore_fields)
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -104,7 +125,8 @@ def save(trainer: HrmTextTrainer, tokenizer: Any, folder: Path, origin: Path, dt
                 model = AutoModelForCausalLM.from_pretrained(origin, trust_remote_code=True)
             state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
             model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict=state)
+        # An adapter on `lm_head` would take the whole embeddings along, which it leaves as they are.
+        model.save_pretrained(folder, state_dict=state, **({"save_embedding_layers": False} if adapters else {}))
         tokenizer.save_pretrained(folder)
         for module in origin.glob("*_hrm_text.py"):
             if not (adapters or (folder / module.name).exists()):
@@ -170,8 +192,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer, dtype = load(options)
     first = arguments.process_index == 0
     longest = min(options.length, model.config.max_position_embeddings)
-    rows = tqdm(read_rows(options.data), desc="reading rows", unit=" rows", disable=not first)
-    examples, report = encode_rows(rows, tokenizer, longest, options.condition)
+    examples, report = read_examples(options, tokenizer, longest, progress=first)
     if first:
         logger.info("%s (above %d tokens)", report, longest)
     train, held_out = split(examples, options.held_out, options.seed)
@@ -213,13 +234,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         save(trainer, tokenizer, options.output / "raw", Path(options.model), dtype)
         trainer.average.swap(trainer.model_wrapped)
         save(trainer, tokenizer, options.output, Path(options.model), dtype)
-    summary: dict[str, Any] = {"rows": vars(report), "steps": trainer.state.global_step, "loss": loss}
+    rows = {"kept": report.kept, "left_out": report.left_out}
+    summary: dict[str, Any] = {"rows": rows, "steps": trainer.state.global_step, "loss": loss}
     if held_out:
         summary["held_out"] = len(held_out)
         summary["exact_match"] = judge(trainer, options, tokenizer, held_out)
     if first:
-        plot_curves(read_log(work / LOG_FILE), work / "loss.png")
         (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        try:
+            plot_curves(read_log(work / LOG_FILE), work / "loss.png")
+        except ImportError as error:
+            logger.warning("no loss.png: %s", error)
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -266,13 +291,25 @@ def parser() -> argparse.ArgumentParser:
   python -m training.sft --model DIR --data rows.jsonl --output adapter --lora 16 --learning-rate 1e-4 --bf16
   torchrun --nproc-per-node 2 -m training.sft --model DIR --data rows.jsonl --output tuned --bf16 --fsdp
 
-A row is {"instruction": ..., "response": ..., "condition": ...} or {"messages": [...], "condition": ...}.""",
+A row is {"instruction": ..., "response": ..., "condition": ...} or {"messages": [...], "condition": ...}, or has the
+fields of Alpaca, ShareGPT, or prompt and completion; with --tools also {"messages": [...], "tools": [...]}, where
+answers may have `tool_calls` and `tool` messages follow. A field that is unknown is an error.""",
     )
     add = result.add_argument
     add("--model", required=True, help="folder to start from")
-    add("--data", required=True, type=Path, help="JSON Lines, or a folder saved by `datasets`")
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        help="rows (see training/formats.py) as JSON Lines, JSON, CSV or Parquet, a folder that `datasets` saved, or "
+        "one of tokens, as the training repository makes it",
+    )
+    add("--ignore-fields", nargs="+", default=(), metavar="NAME", help="fields of the rows that are left aside")
     add("--output", required=True, type=Path, help="folder of the result")
     add("--condition", help="condition of the rows that name none, as `direct` or `synth,cot`")
+    add(
+        "--tools", action="store_true", help="rows may name `tools` and call them; kept in the tokenizer of the result"
+    )
     add("--held-out", type=float, default=0.02, help="share of the rows kept for exact match (default %(default)s)")
     add("--length", type=int, default=4096, help="most tokens of a row; longer ones are dropped (default %(default)s)")
     add("--packed", action="store_true", help="pack short rows into rows of --length")
@@ -280,7 +317,7 @@ A row is {"instruction": ..., "response": ..., "condition": ...} or {"messages":
     add("--max-steps", type=int, default=-1, help="optimizer steps, in place of --epochs")
     add("--batch-size", type=int, default=8, help="rows a step and process (default %(default)s)")
     add("--accumulate", type=int, default=1, help="batches that make one step (default %(default)s)")
-    add("--learning-rate", type=float, default=2e-5, help="peak (default %(default)s; about 1e-4 for LoRA)")
+    add("--learning-rate", type=float, default=2e-5, help="peak (default %(default)s)")
     add("--warmup-steps", type=int, default=20, help="steps to the peak (default %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="decoupled weight decay (default %(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="auto", help="auto: AdamATan2 where installed, else AdamW")
@@ -297,8 +334,14 @@ A row is {"instruction": ..., "response": ..., "condition": ...} or {"messages":
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--bf16", action="store_true", help="compute in bfloat16; full training keeps float32 weights")
     add("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters of this rank in place of all weights")
-    add("--lora-alpha", type=float, help="scale of the adapters (default: the rank)")
-    add("--lora-targets", nargs="+", default=LORA_TARGETS, choices=LORA_TARGETS, help="layers with an adapter")
+    add("--lora-alpha", type=float, help=f"scale of the adapters (default: {LORA_ALPHA_OF_RANK} ranks)")
+    add(
+        "--lora-targets",
+        nargs="+",
+        default=LORA_TARGETS,
+        metavar="LAYER",
+        help="linear layers with an adapter, lm_head among them (default: all of both stacks)",
+    )
     add("--fsdp", action="store_true", help="shard weights and optimizer over the processes (accelerators only)")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--logging-steps", type=int, default=10, help="steps between log entries (default %(default)s)")
