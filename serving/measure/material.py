@@ -1,0 +1,116 @@
+"""Prompts to serve, and the port's answers to them."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.nano_tasks import questions
+
+
+Chat = list[dict[str, str]]
+CONDITIONS = ("direct", "cot", "synth,cot")
+TOLERANCE = 1e-4
+LENGTH = 48
+
+
+def fresh_questions(number: int, seed: int = 11) -> list[str]:
+    """Questions that Nano was not trained on."""
+    return [question.instruction for question in islice(questions(seed, held_out=True), number)]
+
+
+def conversations(number: int, seed: int = 12) -> list[Chat]:
+    """Conversations of two to four turns that end with a question."""
+    draw, asked = random.Random(seed), questions(seed, held_out=True)
+    chats: list[Chat] = []
+    for _ in range(number):
+        chat: Chat = []
+        for question in islice(asked, draw.randrange(2, 5)):
+            chat += [
+                {"role": "user", "content": question.instruction},
+                {"role": "assistant", "content": question.answer},
+            ]
+        chats.append(chat[:-1])
+    return chats
+
+
+class Reference:
+    """The port in float32, one row at a time.
+
+    Attributes:
+        model, tokenizer: of the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+    def chat_ids(self, chat: Chat, **arguments: Any) -> list[int]:
+        """The ids of a chat that is to be answered."""
+        encoded = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
+        )
+        return list(encoded["input_ids"])
+
+    @torch.no_grad()
+    def answer(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy answer of `generate`, the blocks inferred from the prompt."""
+        ids = torch.tensor([prompt])
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens)
+        return output[0, len(prompt) :].tolist()
+
+    @torch.no_grad()
+    def log_probabilities(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """Log-probabilities [tokens, vocabulary] of the tokens after the first, from one plain forward pass.
+
+        Row i is of token i + 1 of prompt and answer together. The answer is causal, whatever it holds.
+        """
+        ids = torch.tensor([prompt + answer])
+        types = self.tokenizer.create_token_type_ids_from_sequences(prompt) + [0] * len(answer)
+        logits = self.model(ids, token_type_ids=torch.tensor([types]), use_cache=False).logits
+        return logits[0].log_softmax(-1)
+
+    def answer_log_probabilities(self, prompt: list[int], answer: list[int]) -> list[float]:
+        """Log-probability of each token of an answer."""
+        table = self.log_probabilities(prompt, answer)[len(prompt) - 1 : -1]
+        return table.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+def served_log_probabilities(output: Any) -> list[float]:
+    """Log-probability of each token of an answer, as vLLM reports them."""
+    return [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
+
+
+def worst_difference(reference: Reference, results: list[Any]) -> float:
+    """Largest difference of a log-probability over all answers of vLLM's results."""
+    worst = 0.0
+    for result in results:
+        for output in result.outputs:
+            ours = reference.answer_log_probabilities(result.prompt_token_ids, list(output.token_ids))
+            theirs = served_log_probabilities(output)
+            worst = max(worst, *(abs(a - b) for a, b in zip(ours, theirs)))
+    return worst
+
+
+def sampling(**options: Any) -> Any:
+    """Greedy decoding with log-probabilities, changed by `options`."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": LENGTH, "logprobs": 1, **options})
+
+
+def generate(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
+    """Results of vLLM for prompts of ids."""
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(**options), use_tqdm=False)
+
+
+def check(reference: Reference, results: list[Any], length: int = LENGTH) -> None:
+    """Answers and log-probabilities are those of the port."""
+    expected = [reference.answer(list(result.prompt_token_ids), length) for result in results]
+    assert [list(result.outputs[0].token_ids) for result in results] == expected
+    assert worst_difference(reference, results) < TOLERANCE

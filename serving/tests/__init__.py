@@ -1,0 +1,1 @@
+"""Tests that run vLLM: `make test-vllm`, in an environment of their own."""
