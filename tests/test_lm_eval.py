@@ -1,4 +1,7 @@
-"""lm-eval's `hf` model, which knows nothing of token_type_ids: the scores of explicit ones, on a small local task."""
+"""lm-eval's `hf` model, which knows nothing of token_type_ids: the scores of explicit ones, on a small local task.
+
+With the chat template, and without it where the task's text writes the envelope itself.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .serving import NEW_TOKENS, explicit_answer, make_folder
+from .serving import explicit_answer, make_folder
 from .tiny import ROOT
 
 
 pytestmark = pytest.mark.slow
+
+# Fewer than the folder's generation config says, so that it shows which of the two is followed.
+NEW_TOKENS = 9
+ENVELOPE = "<|im_start|><|object_ref_start|>{{question}}<|im_end|>"
 
 ROWS = [
     {"question": "What is 48 + 27?", "answer": "75", "choices": ["75", "65", "74"]},
@@ -27,21 +34,28 @@ def folder(request, tmp_path_factory):
     return str(ROOT if request.param == "nano" else make_folder(tmp_path_factory.mktemp("lm_eval") / "model"))
 
 
-@pytest.fixture(scope="module")
-def results(folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=["chat template", "envelope in the task"])
+def results(request, folder, tmp_path_factory):
     """Samples of both tasks by name, as the harness recorded them."""
+    with_template = request.param == "chat template"
+    question = "{{question}}" if with_template else ENVELOPE
+    return run_tasks(folder, tmp_path_factory.mktemp("tasks"), question, with_template)
+
+
+def run_tasks(folder, home, question, with_template):
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    home = tmp_path_factory.mktemp("tasks")
     rows = home / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     common = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(home / "cache")},
         "test_split": "test",
-        "doc_to_text": "{{question}}",
+        "doc_to_text": question,
+        # An answer follows its prompt directly, as in training.
+        "target_delimiter": "",
     }
     tasks = {
         "hrm_text_generation": {
@@ -66,7 +80,7 @@ def results(folder, tmp_path_factory):
         model=HFLM(pretrained=folder, trust_remote_code=True, device="cpu", dtype="float32", batch_size=3),
         tasks=list(tasks),
         task_manager=TaskManager(include_path=str(home), include_defaults=False),
-        apply_chat_template=True,
+        apply_chat_template=with_template,
         log_samples=True,
         bootstrap_iters=0,
     )
@@ -88,8 +102,8 @@ def test_generation(results, loaded):
     answers, causal = [], []
     for row, sample in zip(ROWS, samples(results, "hrm_text_generation")):
         encoding = tokenizer.encode_prompt(row["question"], return_tensors="pt")
-        answers += explicit_answer(model, tokenizer, encoding)
-        causal += explicit_answer(model, tokenizer, encoding, causal=True)
+        answers += explicit_answer(model, tokenizer, encoding, max_new_tokens=NEW_TOKENS)
+        causal += explicit_answer(model, tokenizer, encoding, causal=True, max_new_tokens=NEW_TOKENS)
         assert sample["arguments"][0][0] == tokenizer.build_prompt(row["question"])
         assert sample["resps"][0][0] == answers[-1]
     assert answers != causal
@@ -118,3 +132,17 @@ def test_log_likelihood(results, loaded):
         distance = max(distance, *(abs(a - b) for a, b in zip(explicit, causal)))
     assert distance > 0.1
     assert results["results"]["hrm_text_choice"]["acc,none"] == right / len(ROWS)
+
+
+def test_a_task_without_an_envelope_warns(folder, tmp_path, caplog):
+    """It is read causally, and the message shows the envelope."""
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        getattr(logging.warning_once, "cache_clear", lambda: None)()
+        run_tasks(folder, tmp_path, "{{question}}", with_template=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "holds no prefix block" in caplog.text and "<|im_start|>" in caplog.text

@@ -1,0 +1,1 @@
+"""Evaluation of the scores that the authors of HRM-Text published."""
