@@ -772,6 +772,8 @@ class _ReadsWholeText:
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -798,6 +800,8 @@ class _ReadsWholeText:
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
