@@ -134,6 +134,13 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
                 "HRM-Text's prompts; load it as its own class, without trust_remote_code"
             )
         self.trained_on_tools = trained_on_tools
+        # Where tools of transformers look for what a tokenizer was made with.
+        self.init_kwargs |= {
+            "default_condition": self.default_condition,
+            "condition_tokens": self.condition_tokens,
+            "prompt_end": prompt_end,
+            "trained_on_tools": self.trained_on_tools,
+        }
         known = set(self.all_special_tokens)
         others = [
             token.content for token in self.added_tokens_decoder.values() if token.special and str(token) not in known

@@ -19,5 +19,9 @@ os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _fresh():
+    """Seeds, and lets each test see the warnings that are given once, whatever ran before it."""
+    from transformers.utils import logging  # which reads the settings above
+
     torch.manual_seed(0)
+    getattr(logging.warning_once, "cache_clear", lambda: None)()

@@ -141,7 +141,6 @@ def test_a_task_without_an_envelope_warns(folder, tmp_path, caplog):
     logger = logging.get_logger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        getattr(logging.warning_once, "cache_clear", lambda: None)()
         run_tasks(folder, tmp_path, "{{question}}", with_template=False)
     finally:
         logger.removeHandler(caplog.handler)

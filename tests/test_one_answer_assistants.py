@@ -8,7 +8,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from .harness import CAUSAL, CONVERSATION, ONE_BLOCK, deviation, generated, is_greedy, padded
 from .one_answer_models import one_answer_model
@@ -87,7 +86,6 @@ def test_universal_assistant(model, assistant, do_sample):
 
 
 def test_universal_assistant_does_not_warn_of_its_own_prompt(caplog):
-    logging.warning_once.cache_clear()
     envelope = {"prefix_end_token_id": 7}
     one_answer_model(**envelope).generate(
         torch.tensor([[6, 30, 31, 32, 7]]),

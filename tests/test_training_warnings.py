@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from .tiny import ROOT, tiny_model
 
@@ -20,7 +19,6 @@ RIGHT = torch.tensor([[-100] * len(PROMPT) + ANSWER] * 2)
 @pytest.fixture
 def warned(caplog):
     """Patterns in, the number of warnings that match them all out; each is said once more in every test."""
-    transformers_logging.warning_once.cache_clear()
 
     def count(*patterns: str) -> int:
         said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

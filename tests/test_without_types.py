@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.utils import logging
 
 from .facts import END, facts_model
 
@@ -16,7 +15,6 @@ ANSWERED = torch.tensor([[6, 30, 31, END, 40, 41, 42, 11]])
 
 @pytest.fixture
 def log(caplog):
-    logging.warning_once.cache_clear()
     return caplog
 
 
