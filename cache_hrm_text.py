@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .versions_hrm_text import CROP_KEEPS
+
 
 # Slack of a slot's storage in positions: a quarter of its length, within these bounds. A 1B position weighs 786 KB in
 # all slots, so the upper bound matters to memory; the lower one keeps short conversations from growing at every step.
@@ -26,7 +28,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._key_storage: torch.Tensor | None = None
         self._value_storage: torch.Tensor | None = None
-        self._length = 0
+        self._length = self._value_length = 0
         super().__init__(*args, **kwargs)
 
     @property
@@ -40,11 +42,12 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._value_storage is None else self._value_storage[:, :, : self._length]
+        return None if self._value_storage is None else self._value_storage[:, :, : self._value_length]
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
         self._value_storage = tensor
+        self._value_length = 0 if tensor is None or tensor.dim() < 4 else tensor.shape[2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -52,7 +55,7 @@ class GrowingLayer(DynamicLayer):
         with _normal_tensors():
             self._key_storage = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
             self._value_storage = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
-        self._length = 0
+        self.hold(0)
         self.is_initialized = True
 
     def update(
@@ -75,8 +78,13 @@ class GrowingLayer(DynamicLayer):
         else:
             self._key_storage[:, :, start:end] = key_states
             self._value_storage[:, :, start:end] = value_states
-        self._length = end
+        self.hold(end)
         return self._key_storage[:, :, :end], self._value_storage[:, :, :end]
+
+    def hold(self, length: int) -> None:
+        """Says that the storages hold so many positions."""
+        # Two numbers, since tools that cut `keys` and `values` set one after the other.
+        self._length = self._value_length = length
 
     def _concatenates(self, key_states: torch.Tensor) -> bool:
         return torch.is_grad_enabled() and (key_states.requires_grad or self._key_storage.requires_grad)
@@ -118,17 +126,18 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Empties the slot; the next update allocates anew."""
         self._key_storage = self._value_storage = None
-        self._length = 0
+        self.hold(0)
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | None = None, *, max_length: int | None = None) -> None:
         """Removes positions from the end.
 
         Args:
-            tokens_to_remove: below zero, how many to remove; above, the length to keep (as transformers 4 counts).
+            tokens_to_remove: below zero, how many to remove; above, the length to keep, as older releases of
+                transformers count. 0 is what it is to the installed release: all of them up to 5.15, none later.
+            max_length: the length to keep.
         """
-        kept = self._length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        self._length = max(0, min(self._length, kept))
+        self.hold(kept_length(self._length, tokens_to_remove, max_length))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the rows `beam_idx`, with their room to grow."""
@@ -141,6 +150,19 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`."""
         self._each_storage(lambda storage: storage[indices, ...])
+
+
+def kept_length(length: int, tokens_to_remove: int | None, max_length: int | None) -> int:
+    """How many of `length` positions a call of `crop` keeps.
+
+    Raises:
+        TypeError: both arguments, or neither.
+    """
+    if (tokens_to_remove is None) == (max_length is None):
+        raise TypeError("crop takes one argument: how many tokens to remove, below zero, or `max_length`")
+    number = max_length if tokens_to_remove is None else tokens_to_remove
+    keeps = number > 0 or (number == 0 and (CROP_KEEPS or tokens_to_remove is None))
+    return max(0, min(length, number if keeps else length + number))
 
 
 class HrmTextCache(DynamicCache):
@@ -177,10 +199,10 @@ class HrmTextCache(DynamicCache):
                 layer.make_room(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def crop(self, max_length: int) -> None:
-        """Removes positions from the end: below zero, how many; above, the length to keep."""
+    def crop(self, tokens_to_remove: int | None = None, *, max_length: int | None = None) -> None:
+        """Removes positions from the end; see `GrowingLayer.crop`."""
         for layer in self.layers:
-            layer.crop(max_length)
+            layer.crop(tokens_to_remove, max_length=max_length)
 
     def reset(self) -> None:
         """Empties all slots and the history."""
@@ -404,6 +426,46 @@ def read_marks(cache: Any, start: int, stop: int) -> torch.Tensor | None:
     return keys[:, 0, start:stop, :_MARK_WIDTH].detach().float()
 
 
+def kept_whole(cache: Any) -> contextlib.AbstractContextManager[None]:
+    """Takes back what a call has written to a cache if the call ends in an error or is interrupted.
+
+    Otherwise some slots would hold its tokens and others not, or a caller who got no answer would give them again.
+    Slots that cannot be cropped (quantized ones, static ones of older releases) are left as they are; where that makes
+    slots of different lengths, the next call refuses the cache.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return contextlib.nullcontext()
+    if any(not hasattr(layer, "crop") or hasattr(layer, "nbits") for layer in layers[:1]):
+        return contextlib.nullcontext()
+    # Slots that differ before the call are refused, and stay as they are.
+    return contextlib.nullcontext() if slots_differ(cache) is True else _taken_back(cache)
+
+
+@contextlib.contextmanager
+def _taken_back(cache: Any) -> Iterator[None]:
+    before = cache.get_seq_length()
+    if isinstance(before, torch.Tensor):
+        before = before.clone()  # a static cache counts in place
+    try:
+        yield
+    except BaseException:
+        for layer in cache.layers:
+            written = int(layer.get_seq_length()) - int(before)
+            if written > 0:
+                layer.crop(-written)
+        raise
+
+
+def slots_differ(cache: Any) -> bool | torch.Tensor:
+    """Whether slots hold different numbers of tokens; a bool [] on the device where a static cache counts there.
+
+    A call fills them in order, so that the first and the last tell whether one has ended half way.
+    """
+    layers = getattr(cache, "layers", None)
+    return layers[0].get_seq_length() != layers[-1].get_seq_length() if layers else False
+
+
 @contextlib.contextmanager
 def _leave_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
@@ -421,4 +483,14 @@ def _may_be_written(tensor: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
-__all__ = ["FACTS", "Facts", "GrowingLayer", "History", "HrmTextCache", "OneSlot", "read_marks"]
+__all__ = [
+    "FACTS",
+    "Facts",
+    "GrowingLayer",
+    "History",
+    "HrmTextCache",
+    "OneSlot",
+    "kept_whole",
+    "read_marks",
+    "slots_differ",
+]

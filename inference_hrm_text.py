@@ -328,7 +328,7 @@ class CapturedRun:
             captured = arena.step(model, self._key, length, self.decoder.options, self.decoder.capture)
         logits = captured.replay()[:batch].clone()
         for layer in cache.layers:
-            layer._length = length + 1
+            layer.hold(length + 1)
         self._expected_length = length + 1
         model._note_captured_step(cache, input_ids, attention_mask, position_ids)
         return logits

@@ -40,7 +40,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention_hrm_text import AttentionPlan, attend, choose_backend, plan_attention, plan_whole_mask
-from .cache_hrm_text import History, HrmTextCache, OneSlot
+from .cache_hrm_text import History, HrmTextCache, OneSlot, kept_whole
 from .configuration_hrm_text import HrmTextConfig
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer, compiles_layers
@@ -483,7 +483,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
         layout, plan = self._prepare(call, kwargs.get("layout"), bool(output_attentions))
         plan.rotary = rotary_tables(*self.rotary_emb(inputs_embeds, layout.position_ids))
         hidden_states = _HiddenStates(output_hidden_states, self.config.num_hidden_layers)
-        z_H = self._recur(inputs_embeds * self.config.embedding_scale, plan, cache, hidden_states.note)
+        with kept_whole(cache):
+            z_H = self._recur(inputs_embeds * self.config.embedding_scale, plan, cache, hidden_states.note)
         history = History.of(cache)
         if history is not None and values_are_readable() and isinstance(layout.past, int):
             history.note_marks(cache, layout.past, layout.past + layout.count)
@@ -699,23 +700,24 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
             logits = self._captured_step(input_ids, attention_mask, position_ids, cache)
             if logits is not None:
                 return CausalLMOutput(**{CACHE_NAME: cache}, logits=logits)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            cache=cache,
-            layout=layout,
-            labels=labels,
-            cache_position=kwargs.pop("cache_position", None),
-            return_dict=True,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
+        with kept_whole(cache):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                cache=cache,
+                layout=layout,
+                labels=labels,
+                cache_position=kwargs.pop("cache_position", None),
+                return_dict=True,
+            )
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, **kwargs)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .cache_hrm_text import Facts, History
+from .cache_hrm_text import Facts, History, slots_differ
 from .layout_hrm_text import (
     PromptLayout,
     StepLayout,
@@ -78,6 +78,11 @@ FOREIGN_CACHE = (
     "`batch_select_indices`, `batch_repeat_interleave`, `reset`)."
 )
 
+UNEVEN_CACHE = (
+    "the slots of the cache hold different numbers of tokens: a call on it was interrupted, or only some of its "
+    "layers were changed. Begin with a new cache."
+)
+
 
 def read_layout(config: Any, call: Call) -> TokenLayout:
     """Reads what the new tokens of a call are, refuses what cannot be right, and notes their facts in the cache.
@@ -127,16 +132,22 @@ def last_border(cache: Any, input_ids: torch.Tensor) -> int:
     history, past = History.of(cache), int(cached_length(cache))
     if history is None or past == 0 or history.end <= past:
         return past
-    whole = history.facts(0, history.end)
-    block = find_blocks(whole.types, whole.real, find_sequences(whole.positions, whole.real))
-    last = last_true(whole.real[:, :past])[:, -1:]
-    cut = (block == at(block, last)) & (at(block, last) >= 0) & (last >= 0)
+    whole, block, number = _cropped_blocks(history, past)
+    cut = (block == number) & (number >= 0)
     common = min(history.end, input_ids.shape[1])
     other = cut.clone()
     other[:, :common] &= input_ids[:, :common] != whole.ids[:, :common]
     changed = other[:, past:].any(dim=1, keepdim=True)
     starts = torch.where(changed & cut.any(dim=1, keepdim=True), cut.long().argmax(dim=1, keepdim=True), past)
     return int(starts.amin())
+
+
+def _cropped_blocks(history: History, past: int) -> tuple[Facts, torch.Tensor, torch.Tensor]:
+    """All facts, those of cropped tokens too, their blocks, and the block [rows, 1] that the last kept token read."""
+    whole = history.facts(0, history.end)
+    block = find_blocks(whole.types, whole.real, find_sequences(whole.positions, whole.real))
+    last = last_true(whole.real[:, :past])[:, -1:]
+    return whole, block, torch.where(last >= 0, at(block, last), -1)
 
 
 def read_step(call: Call, step: StepLayout, past: int | torch.Tensor) -> TokenLayout:
@@ -249,6 +260,7 @@ class _Reading:
         self.refusals: list[tuple[torch.Tensor, str | Callable[[], str]]] = []
         self.history = None if call.cache is None or _is_exporting() else History.of(call.cache)
         self.past = self._past_length()
+        self._refuse_uneven_slots()
         self.values: dict[str, int] = {}
         if self.history is not None and isinstance(self.past, int) and 0 < self.past < self.history.unseen:
             # Cropped into what this model did not write, where a block may have been cut.
@@ -286,6 +298,13 @@ class _Reading:
         # Taken on trust, to save a read: `_questions` asks whether it is so.
         return counted
 
+    def _refuse_uneven_slots(self) -> None:
+        uneven = slots_differ(self.call.cache) if self.readable else False
+        if isinstance(uneven, torch.Tensor):
+            self.refusals.append((uneven.to(self.call.device), UNEVEN_CACHE))
+        elif uneven:
+            raise ValueError(UNEVEN_CACHE)
+
     def _has_other_size(self) -> bool:
         """Whether the cache's size alone, which Python knows, tells that it was changed since."""
         if self.history.length is None:
@@ -319,7 +338,8 @@ class _Reading:
         mask = mask != 0
         if isinstance(past, torch.Tensor):
             return mask.index_select(1, self._index().clamp(max=mask.shape[1] - 1))
-        if mask.shape[1] < past + self.count:
+        # A mask of the capacity may come with a static cache, whose shapes stay the same.
+        if not past + self.count <= mask.shape[1] <= max(past + self.count, static_capacity(self.call.cache) or 0):
             raise ValueError(
                 f"`attention_mask` covers {mask.shape[1]} positions and there are {past} cached and {self.count} new "
                 "tokens: give one entry for each of them, the cached ones too."
@@ -447,11 +467,11 @@ class _Reading:
         if self.history is None and self.call.token_type_ids is not None:
             # What is cached is not known, and may be the beginning of this block.
             extends = extends | ((last >= 0) & (first < block.shape[1]) & (at(self._join("types", types), first) == 1))
-        cut = self._cut_blocks(block, last, open_block)
+        cut = self._cut_blocks(block, open_block)
         self.refusals.append(((extends if cut is None else extends & ~cut).any(), SPLIT_BLOCK))
         return block
 
-    def _cut_blocks(self, block: torch.Tensor, last: torch.Tensor, open_block: torch.Tensor) -> torch.Tensor | None:
+    def _cut_blocks(self, block: torch.Tensor, open_block: torch.Tensor) -> torch.Tensor | None:
         """Rows [batch, 1] whose last cached token has read tokens that were cropped away; None where there is none.
 
         Only the very same tokens may follow it; anything else is noted as a refusal.
@@ -459,9 +479,7 @@ class _Reading:
         history, past = self.history, self.past
         if history is None or isinstance(past, torch.Tensor) or history.end <= past:
             return None
-        whole = history.facts(0, history.end)
-        read = find_blocks(whole.types, whole.real, find_sequences(whole.positions, whole.real))
-        number = torch.where(last >= 0, at(read, last), -1)
+        whole, read, number = _cropped_blocks(history, past)
         width = max(self.count, history.end - past)
 
         def beside(values: torch.Tensor, fill: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -81,6 +83,9 @@ except ImportError:  # transformers 4 spells it with a small t, and its rotary f
 
 # Releases from 5.24 on call the cache of a call and of its output `cache`, earlier ones `past_key_values`.
 CACHE_NAME = "cache" if _release(transformers.__version__) >= (5, 24) else "past_key_values"
+# Up to 5.15, what is given to `crop` is the length to keep, so that 0 empties a cache; later it is what goes, and 0 is
+# nothing. A number below zero is what goes in all of them, and ours takes one above zero as the length to keep.
+CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
@@ -98,6 +103,10 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     if cache is not None:
         if is_paged_cache(cache):
             raise ValueError(NO_CONTINUOUS_BATCHING)
+        if hasattr(cache, "self_attention_cache"):
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}, and HRM-Text has no encoder: give its `self_attention_cache`."
+            )
         if not hasattr(cache, "get_seq_length") or not hasattr(cache, "update"):
             raise ValueError(
                 f"the cache is a {type(cache).__name__}: give a cache of transformers (`DynamicCache`, `StaticCache`, "

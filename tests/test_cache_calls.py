@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 from .facts import (
     CACHES,
@@ -229,3 +230,104 @@ def test_a_refused_forward_changes_nothing(model, cache):
             feed(model, live, [BLOCK], [row_of((1, 3), seed=2)], **more)
         assert int(live.get_seq_length()) == len(BLOCK)
     feed(model, live, [BLOCK], [row_of((0, 1), (1, 3), seed=2)])
+
+
+# ---- calls that end half way ----------------------------------------------------------------------------------------
+
+PLAIN = [row_of((1, 3), (0, 5), seed=11), row_of((1, 3), (0, 5), seed=12)]  # alike, as quantized slots want them
+PLACES = {
+    "the first layer": lambda model: model.model.L_module.layers[0],
+    "the last stack": lambda model: model.model.H_module,
+    "the head": lambda model: model.lm_head,
+}
+
+
+def interrupt(model, place, live, new) -> None:
+    """A call that fails where a hook stands, as with no memory left or at Ctrl-C."""
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = place(model).register_forward_hook(fail)
+    try:
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(**arguments_of(new), past_key_values=live, use_cache=True)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_interrupted_call(model, cache, place):
+    """The cache is what it was before, or refused: half of its slots never answer with a token more."""
+    new = [row_of((0, 2), seed=13 + i) for i in range(2)]
+    live = feed(model, CACHES[cache](model), [[], []], PLAIN)
+    interrupt(model, PLACES[place], live, new)
+    if cache == "QuantizedCache" and place == "the head":  # every slot holds the tokens, and none can be taken back
+        expect(cache, lambda: feed(model, live, followed_by(PLAIN, new), new))
+        return
+    for again in (new, [row_of((0, 1), (1, 2), seed=15 + i) for i in range(2)]):
+        history = PLAIN if again is new else followed_by(PLAIN, new)
+        if is_refused(lambda: feed(model, live, history, again)):  # noqa: B023
+            assert cache not in REMEMBERING
+            return
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cache", [name for name in CACHES if name != "QuantizedCache"])
+def test_an_interrupted_first_call(model, cache, place):
+    live = CACHES[cache](model)
+    interrupt(model, PLACES[place], live, [row[:4] for row in PLAIN])
+    expect(cache, lambda: feed(model, live, [[], []], PLAIN))
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name not in ("StaticCache", "QuantizedCache")])
+def test_slots_cut_by_others(model, cache):
+    """Tools set `keys` and `values` themselves: in every slot alike it is a crop, in some of them it is refused."""
+    shorter = [row[:-2] for row in PLAIN]
+    live = feed(model, CACHES[cache](model), [[], []], PLAIN)
+    for layer in live.layers:
+        layer.keys, layer.values = layer.keys[:, :, :-2], layer.values[:, :, :-2]
+    feed(model, live, shorter, [row_of((0, 2), seed=16 + i) for i in range(2)])
+    live = feed(model, CACHES[cache](model), [[], []], PLAIN)
+    live.layers[0].crop(-2)
+    for history in (PLAIN, shorter):
+        with pytest.raises(ValueError, match="different numbers of tokens"):
+            feed(model, live, history, [row_of((0, 1), seed=16 + i) for i in range(2)])
+
+
+@pytest.mark.parametrize("live", [None, *CACHES])
+def test_a_mask_longer_than_all_tokens(model, live):
+    """It speaks of tokens that are not in the cache, unless a static cache has the room for them."""
+    call = {"input_ids": torch.full((1, 3), 30), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
+    if live != "StaticCache":
+        with pytest.raises(ValueError, match="covers 7 positions"):
+            model(**call, past_key_values=live and CACHES[live](model))
+        return
+    logits = model(**call, past_key_values=CACHES[live](model)).logits
+    assert (logits - model(call["input_ids"]).logits).abs().max() < TOLERANCE
+
+
+def test_a_cache_for_an_encoder_too_is_refused(model):
+    pair = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="self_attention_cache"):
+            call(torch.full((1, 3), 30), past_key_values=pair)
+
+
+def test_crop_counts_as_the_installed_release_does(model):
+    """A number below zero goes, one above stays; 0 is nothing where the library removes, all where it keeps."""
+    theirs, ours = CACHES["DynamicCache"](model), CACHES["HrmTextCache"](model)
+    for live in (theirs, ours):
+        feed(model, live, [[], []], PLAIN)
+        live.crop(0)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    ours = feed(model, CACHES["HrmTextCache"](model), [[], []], PLAIN)
+    for argument, left in (({"tokens_to_remove": -1}, 7), ({"max_length": 6}, 6), ({"max_length": 99}, 6)):
+        ours.crop(**argument)
+        assert ours.get_seq_length() == left
+    ours.crop(max_length=0)
+    assert ours.get_seq_length() == 0
+    feed(model, ours, [[], []], PLAIN)
+    with pytest.raises(TypeError, match="one argument"):
+        ours.crop()

@@ -206,8 +206,8 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     Defect(
         "cache_hrm_text.py",
-        "self._length = max(0, min(self._length, kept))",
-        "self._length = max(0, min(self._length, kept + 1))",
+        "return max(0, min(length, number if keeps else length + number))",
+        "return max(0, min(length, number + 1 if keeps else length + number + 1))",
         "a crop keeps one position too many",
     ),
     Defect(
