@@ -466,6 +466,12 @@ def slots_differ(cache: Any) -> bool | torch.Tensor:
     return layers[0].get_seq_length() != layers[-1].get_seq_length() if layers else False
 
 
+def rows_of(cache: Any) -> int | None:
+    """Number of rows that the first slot holds; None where that cannot be seen."""
+    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    return keys.shape[0] if isinstance(keys, torch.Tensor) and keys.dim() == 4 else None
+
+
 @contextlib.contextmanager
 def _leave_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
@@ -492,5 +498,6 @@ __all__ = [
     "OneSlot",
     "kept_whole",
     "read_marks",
+    "rows_of",
     "slots_differ",
 ]

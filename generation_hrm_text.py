@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .cache_hrm_text import Facts, History, HrmTextCache
+from .cache_hrm_text import Facts, History, HrmTextCache, rows_of
 from .layout_hrm_text import PromptLayout, StepLayout, choose_cuts, find_sequences, last_true
 from .reading_hrm_text import (
     Call,
@@ -154,17 +154,19 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         new_ids, new_types = (None if tensor is None else tensor[:, -new:] for tensor in (ids, types))
         shape = (batch, new)
         call = Call(shape, tokens.device, new_ids, mask, token_type_ids=new_types, cache=cache)
+        if ids is None and types is None:
+            call.embedded = self.base_model.recognise(_repeated(tokens[:, -new:], copies))
         layout = read_prompt(self.config, call)
         history = History.of(cache)
         layout.padded = layout.padded or (history is not None and history.padded is not False)
         layout.types = F.pad(layout.types, (past, 0))
         if past == 0:
-            self._warn_of_prompt(layout.types, mask)
+            self._warn_of_prompt(layout.types, mask, recognised=call.embedded is not None)
             if types is None and self.config.prefix_lm and not self.config.prefix_end:
                 warn_nothing_says_what_is_prompt()
         return layout
 
-    def _warn_of_prompt(self, types: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _warn_of_prompt(self, types: torch.Tensor, mask: torch.Tensor | None, recognised: bool) -> None:
         without = ~(types > 0).any(dim=1)
         if mask is not None:
             without = without & (mask != 0).any(dim=1).to(without.device)
@@ -173,8 +175,8 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                     "The prompts are padded on the right, so that `generate` goes on after padding and answers worse: "
                     "pad on the left (`tokenizer.padding_side = 'left'`)."
                 )
-        if infers_blocks(self.config) and bool(without.any()):
-            warn_without_block(self.config)
+        if infers_blocks(self.config) and (recognised or bool(without.any())):
+            warn_without_block(self.config, has_no_ids=recognised)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Adapters put a `prepare_inputs_for_generation` of theirs before ours, which does not name it.
@@ -383,7 +385,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
 def _copies_of_rows(cache: Any, batch: int) -> int:
     """How many rows of a cache there are for each row of the prompt."""
     history = History.of(cache)
-    rows = batch if history is None or not int(cached_length(cache)) else history.rows
+    rows = batch if history is None or not int(cached_length(cache)) else rows_of(cache) or history.rows
     return rows // batch if rows > batch and rows % batch == 0 else 1
 
 

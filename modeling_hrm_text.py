@@ -478,8 +478,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
             kwargs.get("cache_position"),
             kwargs.get("labels", self._labels),
         )
-        if input_ids is None and token_type_ids is None and cached_length(cache) == 0:
-            call.embedded = self._recognise(inputs_embeds)
+        if input_ids is None and token_type_ids is None and kwargs.get("layout") is None:
+            call.embedded = self.recognise(inputs_embeds)
         layout, plan = self._prepare(call, kwargs.get("layout"), bool(output_attentions))
         plan.rotary = rotary_tables(*self.rotary_emb(inputs_embeds, layout.position_ids))
         hidden_states = _HiddenStates(output_hidden_states, self.config.num_hidden_layers)
@@ -538,7 +538,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         return layout, plan
 
     @torch.no_grad()
-    def _recognise(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def recognise(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What can be told of embeddings by comparing them with the model's own; None where nothing may be read."""
         ids = sorted({*self.config.prefix_start, *self.config.prefix_end})
         weight = getattr(self.embed_tokens, "weight", None)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .cache_hrm_text import Facts, History, slots_differ
+from .cache_hrm_text import Facts, History, rows_of, slots_differ
 from .layout_hrm_text import (
     PromptLayout,
     StepLayout,
@@ -242,6 +242,12 @@ def follow_changes(cache: Any, rows: int) -> None:
     if history.length is not None and length > history.length:
         raise ValueError(FOREIGN_CACHE)
     history.length = length
+    held = rows_of(cache)
+    if length and held is not None and held != rows:
+        raise ValueError(
+            f"the cache holds {held} rows and this call has {rows} (beams and returned sequences count): repeat its "
+            "rows with `batch_repeat_interleave`, or choose some with `batch_select_indices`."
+        )
     if length and bool(history.deviates(cache, rows, length)) and not history.find_rows(cache, length):
         raise ValueError(FOREIGN_CACHE)
 
@@ -418,17 +424,17 @@ class _Reading:
         if not infers_blocks(config):
             return None, False
         runs = (config.prefix_start, config.prefix_end)
-        if call.input_ids is None:
-            if call.embedded is None or self.cached is not None:
-                return None, False
-            ids, is_virtual = call.embedded
-            types, _ = infer_token_types(ids, *runs, self.real, self.sequence)
-            before = types.cumsum(dim=1) == 0
-            return torch.where(before & is_virtual & types.any(dim=1, keepdim=True), 1, types), False
+        new_ids = self._new_ids()
+        if new_ids is None:
+            return None, False
         if self.cached is None:
-            return infer_token_types(call.input_ids, *runs, self.real, self.sequence)[0], False
+            types, _ = infer_token_types(new_ids, *runs, self.real, self.sequence)
+            if call.input_ids is None:
+                before = types.cumsum(dim=1) == 0
+                types = torch.where(before & call.embedded[1] & types.any(dim=1, keepdim=True), 1, types)
+            return types, False
         # Tokens that were stated to be causal, and those that the model has generated, open no envelope.
-        ids = self._join("ids", call.input_ids).masked_fill(self._join("stated", ~self._ones()), -1)
+        ids = self._join("ids", new_ids).masked_fill(self._join("stated", ~self._ones()), -1)
         types, _ = infer_token_types(ids, *runs, self.real, self.sequence)
         unlike = (types > 0) != (self._join("types", self._new(types)) > 0)
         unlike = unlike & self._is_cached() & ~self._join("stated", ~self._ones())
@@ -439,6 +445,12 @@ class _Reading:
             unlike = unlike | ((ids == config.prefix_end[-1]) & (types == 0))
         self.refusals.append((unlike.any(), SPLIT_ENVELOPE))
         return self._new(self._opened_behind(types)), False
+
+    def _new_ids(self) -> torch.Tensor | None:
+        """Ids of the new tokens; of embeddings those that were recognised and -1, or None where none could be."""
+        if self.call.input_ids is None:
+            return None if self.call.embedded is None else self.call.embedded[0]
+        return self.call.input_ids
 
     def _opened_behind(self, types: torch.Tensor) -> torch.Tensor:
         """Inferred types of whole rows, with 2 on an envelope that opens directly behind a cached block."""
@@ -534,12 +546,13 @@ class _Reading:
             if call.labels is not None and call.labels.shape == block.shape:
                 labelled = call.labels[:, 1:].to(block.device) != -100
                 asked["leaks"] = (labelled & inside[:, 1:] & (block[:, 1:] == block[:, :-1])).any()
-        if self.cached is None and call.prompt is None and not self.stated and infers_blocks(self.config):
-            without = self._ones()[:, 0] if self.block is None else ~inside.any(dim=1)
-            asked["without block"] = (without if real is None else without & real.any(dim=1)).any()
+        if call.prompt is None and not self.stated and infers_blocks(self.config):
             if call.input_ids is None:
                 # Said whatever is found: prompts that open in another way are not recognised by their vectors.
                 asked["without block"] = 1
+            elif self.cached is None:
+                without = self._ones()[:, 0] if self.block is None else ~inside.any(dim=1)
+                asked["without block"] = (without if real is None else without & real.any(dim=1)).any()
         if call.position_ids is not None and self.count > 1:
             asked["last position"] = self.position_ids.amax()
         return asked
@@ -573,7 +586,7 @@ class _Reading:
         if self.call.cache is None or _is_exporting():
             return
         shape, device = self.call.shape, self.call.device
-        ids = self.call.input_ids
+        ids = self._new_ids()
         ids = torch.full(shape, -1, device=device) if ids is None else ids
         real = self._ones().expand(shape) if self.new_real is None else self.new_real
         types = torch.zeros_like(ids) if self.types is None else self.types

@@ -331,3 +331,48 @@ def test_crop_counts_as_the_installed_release_does(model):
     feed(model, ours, [[], []], PLAIN)
     with pytest.raises(TypeError, match="one argument"):
         ours.crop()
+
+
+# ---- embeddings and several rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_envelopes_are_recognised_in_embeddings(model, cache):
+    """As in ids: in forward and in `generate`, at the beginning and on a live cache."""
+    first, second = [6, 30, 31, 7, 40], [6, 50, 51, 7]
+    embed = model.model.embed_tokens
+    both = torch.tensor([first + second])
+    wanted = model(both, use_cache=False).logits
+    live = CACHES[cache](model)
+    with torch.no_grad():
+        model(inputs_embeds=embed(both[:, :5]), past_key_values=live)
+        logits = model(inputs_embeds=embed(both[:, 5:]), past_key_values=live).logits
+    assert (logits - wanted[:, 5:]).abs().max() < TOLERANCE
+    greedy = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    answers = [model.generate(both, **greedy), model.generate(inputs_embeds=embed(both), **greedy)]
+    live = CACHES[cache](model)
+    with torch.no_grad():
+        model(both[:, :5], past_key_values=live)
+    answers.append(model.generate(inputs_embeds=embed(both), past_key_values=live, **greedy))
+    for answer in answers[1:]:
+        assert (torch.stack(answer.logits) - torch.stack(answers[0].logits)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name not in ("StaticCache", "QuantizedCache")])
+@pytest.mark.parametrize(
+    "more", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=["beams", "n"]
+)
+def test_several_rows_go_on_from_one(model, cache, more):
+    """The sentence that refuses it says what to do, and then it is right."""
+    ids = torch.tensor([[6, 30, 31, 7, 40, 41, 6, 50, 7]])
+    live = CACHES[cache](model)
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=live)
+    call = {"do_sample": False, **more, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"holds 1 rows and this call has 3.*batch_repeat_interleave"):
+        model.generate(ids, past_key_values=live, **call)
+    live.batch_repeat_interleave(3)
+    torch.manual_seed(1)
+    answer = model.generate(ids, past_key_values=live, **call)
+    torch.manual_seed(1)
+    assert answer.tolist() == model.generate(ids, **call).tolist()
