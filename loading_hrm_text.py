@@ -1,9 +1,14 @@
-"""Loading that refuses what fits in part: folders whose stacks do not, and adapters made for other projections."""
+"""Loading that refuses what fits only in part: checkpoints whose stacks do not match, and adapters for other names."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
+
+import torch
 
 from .versions_hrm_text import FusedLoadingMixin, refuse_tensor_parallelism
 
@@ -13,26 +18,36 @@ _STACK_KEY = re.compile(r"(^|\.)[HL]_module\.layers\.\d+\.")
 _LAYER_KEY = re.compile(r"\.\d+\.")
 # Projections that transformers' own class keeps apart; here they are rows of `gqkv_proj` and `gate_up_proj`.
 _SPLIT_NAME = re.compile(r"(?<![A-Za-z_])(self_attn|q_proj|k_proj|v_proj|gate_proj|up_proj)(?![A-Za-z_])")
-_SPLIT_ADAPTER_KEY = re.compile(
-    r"[HL]_module\.layers\.\d+\.(self_attn\.[a-z_]+|mlp\.(gate|up)_proj)\.(?!(base_layer\.)?weight$)"
-)
+_SPLIT_PARTS = {
+    "attn.gqkv_proj": ("self_attn.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_ADAPTER_KEY = re.compile(r"([HL]_module\.layers\.\d+\.([a-z_]+\.[a-z_]+))\.(?!(base_layer\.)?weight$)")
+# A regular expression that ends with a choice of plain names.
+_LAST_CHOICE = re.compile(r"\((?:\?:)?(\w+(?:\|\w+)+)\)\$?$")
+# peft itself adds these to `modules_to_save`, whatever the model calls its head.
+_HEADS_OF_PEFT = {"classifier", "score", "qa_outputs"}
 _CONVERT = (
     "Run `python convert_weights.py ADAPTER --output DIR`, which writes the same adapter for this class, or train one "
     "with target_modules among gqkv_proj, o_proj, gate_up_proj and down_proj."
 )
 
 
+_OTHER = "It was trained on a model of another size: load it on that one."
+
+
 class AdapterGuardMixin:
     """Refuses adapters that were made for the projections of transformers' own class.
 
-    peft adapts the projections whose names match and leaves out the others without a word, or loads none of their
-    tensors with no more than a warning. It hands every model its configs once they are applied, and loads tensors
-    through the module's own method; both places look at the names.
+    peft adapts the projections whose names match and ignores the others silently, or loads none of their tensors and
+    only warns. It calls no hook of the model, but lists the modules before it wraps any: there a new config is read.
+    Should a release of peft do otherwise, the first config is still checked when peft sets it as an attribute of the
+    model, and later ones when the modules are listed next.
     """
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The configs of the adapters on this model by their names; there is none before the first adapter."""
+        """The configs of this model's adapters by their names. Raises AttributeError before the first adapter."""
         try:
             return self.__dict__["_peft_config"]
         except KeyError:
@@ -40,51 +55,177 @@ class AdapterGuardMixin:
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        names = [name for name, _ in self.named_modules()]
-        for config in configs.values():
-            problem = _misnamed_targets(config, names)
-            if problem:
-                if "_peft_config" not in self.__dict__:
-                    _take_off(self)
-                raise ValueError(f"{problem} {_CONVERT}")
+        is_first = "_peft_config" not in self.__dict__
         self.__dict__["_peft_config"] = configs
+        try:
+            self._check_adapters()
+        except ValueError:
+            if is_first:
+                del self.peft_config
+                _take_off(self)
+            raise
 
     @peft_config.deleter
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
+        self.__dict__.pop("_checked_adapters", None)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As in `torch.nn.Module`. Raises a ValueError if peft asks in order to add an adapter that does not fit."""
+        self._check_adapters()
+        config = _config_being_added(sys._getframe(1))
+        if config is not None:
+            self._check_adapter(config)
+        return super().named_modules(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises a ValueError where a tensor of the adapter belongs to no module of this model."""
+        before = dict(self.__dict__.get("_peft_config") or {})
+        try:
+            info = super().load_adapter(*args, **kwargs)
+            _refuse_foreign_tensors(self, getattr(info, "unexpected_keys", None) or ())
+        except ValueError:
+            for name in [name for name in self.__dict__.get("_peft_config") or {} if name not in before]:
+                _remove(self, name)
+            raise
+        return info
+
+    def _check_adapters(self) -> None:
+        configs = self.__dict__.get("_peft_config")
+        if not configs:
+            return
+        checked = self.__dict__.setdefault("_checked_adapters", {})
+        for adapter, config in list(configs.items()):
+            if checked.get(adapter) is not config:
+                try:
+                    self._check_adapter(config)
+                except ValueError:
+                    del configs[adapter]
+                    raise
+                checked[adapter] = config
+
+    def _check_adapter(self, config: Any) -> None:
+        problem = _misnamed_targets(config, [name for name, _ in super().named_modules()])
+        if problem:
+            raise ValueError(f"{problem} {_CONVERT}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        wrong = next((key for key in state_dict if key.startswith(prefix) and _SPLIT_ADAPTER_KEY.search(key)), None)
-        if wrong is not None:
-            raise ValueError(f"the adapter holds {wrong!r}, a projection that this class has fused. {_CONVERT}")
+        _refuse_foreign_tensors(self, (key for key in state_dict if key.startswith(prefix)), prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _config_being_added(caller: FrameType) -> Any:
+    """The config of the adapter for which peft lists the modules, None for every other caller."""
+    if caller.f_code.co_name == "inject_adapter" and caller.f_globals.get("__name__", "").startswith("peft."):
+        return caller.f_locals.get("peft_config")
+    return None
 
 
 def _misnamed_targets(config: Any, names: list[str]) -> str | None:
     """What is wrong with the module names in an adapter's config, or None."""
-    for field in ("target_modules", "rank_pattern", "alpha_pattern"):
+    for field in ("target_modules", "feedforward_modules", "exclude_modules"):
         wanted = getattr(config, field, None) or ()
-        texts = [wanted] if isinstance(wanted, str) else [text for text in wanted if isinstance(text, str)]
-        for text in texts:
-            if _SPLIT_NAME.search(text):
-                return f"`{field}` of the adapter names {text!r}, and here such projections are fused."
-            if field == "target_modules" and text is not wanted and not _is_a_module(text, names):
-                return f"`{field}` of the adapter names {text!r}, which no module of this model is called."
+        if isinstance(wanted, str):
+            problem = None if wanted.lower() == "all-linear" else _problem_of_expression(wanted, names)
+        else:
+            wanted = sorted(map(str, wanted))
+            missing = (text for text in wanted if not any(f".{name}".endswith(f".{text}") for name in names))
+            # What is not there needs no exclusion, except that it may be here under another name.
+            missing = (text for text in missing if field != "exclude_modules" or _SPLIT_NAME.search(text))
+            problem = next(map(_problem_of_name, missing), None)
+        if problem:
+            return f"`{field}` of the adapter names {problem}"
+    for field in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(config, field, None) or ():
+            if not any(re.match(rf"(.*\.)?({text})$", name) for name in names):
+                return f"`{field}` of the adapter names {_problem_of_name(str(text))}"
+    for text in getattr(config, "target_parameters", None) or ():
+        module = str(text).rpartition(".")[0]
+        if not any(f".{name}".endswith(f".{module}") for name in names):
+            return f"`target_parameters` of the adapter names {_problem_of_name(str(text))}"
+    for text in getattr(config, "modules_to_save", None) or ():
+        if text not in _HEADS_OF_PEFT and not any(name.endswith(text) for name in names):
+            return f"`modules_to_save` of the adapter names {_problem_of_name(str(text))}"
+    return _missing_layers(config, names)
+
+
+def _problem_of_name(text: str) -> str:
+    if _SPLIT_NAME.search(text):
+        return f"{text!r}, and in this class such projections are fused."
+    return f"{text!r}, and this model has no such module."
+
+
+def _problem_of_expression(text: str, names: list[str]) -> str | None:
+    """What a regular expression names in vain: the projections of the library's class, or one of its last words."""
+    try:
+        pattern = re.compile(text)
+    except re.error:
+        return None  # peft says so itself
+    for name in names:
+        for fused, parts in _SPLIT_PARTS.items():
+            stem = name.removesuffix(fused)
+            if stem != name and not pattern.fullmatch(name) and any(pattern.fullmatch(stem + part) for part in parts):
+                return _problem_of_name(next(stem + part for part in parts if pattern.fullmatch(stem + part)))
+    choice = _LAST_CHOICE.search(text)
+    if choice:
+        alternatives = {word: text[: choice.start()] + word for word in choice[1].split("|")}
+    else:
+        alternatives = {} if set(text) & set("()[]") else {part: part for part in text.split("|")}
+    for word, alternative in alternatives.items():
+        if not any(re.fullmatch(alternative, name) for name in names):
+            return _problem_of_name(word)
     return None
 
 
-def _is_a_module(text: str, names: list[str]) -> bool:
-    return any(name == text or name.endswith(f".{text}") for name in names)
+def _missing_layers(config: Any, names: list[str]) -> str | None:
+    wanted = getattr(config, "layers_to_transform", None)
+    wanted = [wanted] if isinstance(wanted, int) else wanted or ()
+    found = {int(match[1]) for name in names if (match := re.search(r"_module\.layers\.(\d+)$", name))}
+    absent = [index for index in wanted if index not in found]
+    if absent and found:
+        return f"`layers_to_transform` of the adapter names layer {absent[0]}; each stack has 0 to {max(found)}."
+    return None
+
+
+def _refuse_foreign_tensors(model: Any, keys: Iterable[str], prefix: str = "") -> None:
+    """Raises a ValueError for the first tensor of an adapter whose layer or projection `model` does not have."""
+    names: set[str] = set()
+    for key in keys:
+        match = _ADAPTER_KEY.search(key)
+        if match is None:
+            continue
+        names = names or {name[name.rfind("_module.layers.") - 1 :] for name, _ in model.named_modules()}
+        if match[1] in names:
+            continue
+        is_split = any(match[2] in parts for parts in _SPLIT_PARTS.values()) or match[2].startswith("self_attn.")
+        reason = "a projection that this class has fused" if is_split else "and this model has no such module"
+        raise ValueError(f"the adapter holds {key[len(prefix) :]!r}, {reason}. {_CONVERT if is_split else _OTHER}")
 
 
 def _take_off(model: Any) -> None:
-    """Puts the layers back that a refused adapter has wrapped, and lets their weights be trained again."""
+    """Puts back the modules that a refused adapter has wrapped, and makes the weights trainable again."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if hasattr(child, "base_layer"):
-                setattr(module, name, child.base_layer)
+            while type(child).__module__.startswith("peft."):
+                # Of an adapted projection, or of a copy that is trained beside the module (`modules_to_save`).
+                child = child.base_layer if hasattr(child, "base_layer") else child.original_module
+                setattr(module, name, child)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("z_L_init"))
+        if parameter.is_floating_point():
+            parameter.requires_grad_(not name.endswith("z_L_init"))
+    model._hf_peft_config_loaded = False
+
+
+def _remove(model: Any, adapter: str) -> None:
+    """Removes an adapter that was refused after peft had added it."""
+    del model.peft_config[adapter]
+    if not model.peft_config:
+        del model.peft_config
+        _take_off(model)
+        return
+    for module in list(model.modules()):
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            module.delete_adapter(adapter)
 
 
 class LoadingMixin(AdapterGuardMixin, FusedLoadingMixin):

@@ -238,11 +238,11 @@ def _settings(config: dict[str, Any], pairs: dict[str, _Pair], made: dict[str, _
     everywhere &= not (config.get("layers_to_transform") or config.get("exclude_modules"))
     values: dict[str, set[tuple[int, float]]] = {}
     for name, pair in made.items():
-        values.setdefault(name.rsplit(".", 1)[1], set()).add((pair.rank, pair.scale * pair.rank))
+        values.setdefault(_kind(name), set()).add((pair.rank, pair.scale * pair.rank))
     everywhere &= all(len(found) == 1 for found in values.values())
     everywhere &= len({tuple(sorted(_layers_of(made, kind))) for kind in values}) == 1
     named = {
-        (name.rsplit(".", 1)[1] if everywhere else name.removeprefix(_PREFIX)): (pair.rank, pair.scale * pair.rank)
+        (_kind(name) if everywhere else name.removeprefix(_PREFIX)): (pair.rank, pair.scale * pair.rank)
         for name, pair in made.items()
     }
     rank, alpha = next(iter(named.values()))
@@ -260,8 +260,13 @@ def _settings(config: dict[str, Any], pairs: dict[str, _Pair], made: dict[str, _
     }
 
 
+def _kind(name: str) -> str:
+    """What a projection is called in every layer; attention and the MLP of the library's class both have a gate."""
+    return _short(name) if name.endswith(".gate_proj") else name.rsplit(".", 1)[1]
+
+
 def _layers_of(made: dict[str, _Pair], kind: str) -> Iterator[str]:
-    return (name.rsplit(".", 2)[0] for name in made if name.endswith(f".{kind}"))
+    return (name.removesuffix(_short(name)) for name in made if name.endswith(f".{kind}"))
 
 
 def _whole(value: float) -> int | float:

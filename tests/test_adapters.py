@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -90,7 +92,9 @@ def test_an_adapter_of_the_librarys_class_does_the_same_on_ours(tmp_path, target
 def test_an_adapter_of_ours_does_the_same_on_the_librarys_class(tmp_path, targets):
     wanted = adapt(tiny_model(**FIELDS), targets, tmp_path / "fused")
     convert(tmp_path / "fused", tmp_path / "split", layout="split")
-    theirs = peft.PeftModel.from_pretrained(library_model(), str(tmp_path / "split"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(library_model(), str(tmp_path / "split"))
     torch.testing.assert_close(logits(theirs), wanted, atol=2e-4, rtol=0)
     # And back, where the ranks have added up.
     convert(tmp_path / "split", tmp_path / "again")
@@ -122,23 +126,112 @@ def refused(call):
     return str(caught.value)
 
 
-def test_adapters_of_wrong_names_are_refused(tmp_path):
-    adapt(library_model(), SPLIT, tmp_path / "split")
+def configured(targets=FUSED, **fields):
+    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **fields)
+
+
+WRONG = [
+    configured(SPLIT),
+    configured(["q_proj"]),
+    configured(["o_proj", "q_proj"]),
+    configured(["self_attn.o_proj"]),
+    configured(["o_proj", "c_attn"]),
+    configured(["o_proj", "H_module.layers.7.attn.gqkv_proj"]),
+    configured(r".*\.(o_proj|v_proj)"),
+    configured(r".*\.(q|k|v|o)_proj"),
+    configured(r".*\.[qkvo]_proj"),
+    configured(r"(?i).*\.Q_PROJ|.*\.o_proj"),
+    configured(r".*\.(dense|o_proj)$"),
+    configured(r".*\.c_attn|.*\.o_proj"),
+    configured(rank_pattern={"q_proj": 2}),
+    configured(alpha_pattern={r"layers\.9\.attn\.o_proj": 2}),
+    configured(exclude_modules=["mlp.up_proj"]),
+    configured(exclude_modules=r".*\.[qk]_proj"),
+    configured(modules_to_save=["wte"]),
+    configured(target_parameters=["self_attn.q_proj.weight"]),
+    configured(layers_to_transform=[0, 9]),
+    peft.IA3Config(target_modules=["gqkv_proj", "k_proj"], feedforward_modules=[]),
+]
+
+
+@pytest.mark.parametrize("config", WRONG)
+def test_names_that_match_in_part_are_refused_and_change_nothing(config):
     model = tiny_model(**FIELDS)
-    before, names = logits(model), [name for name, _ in model.named_parameters()]
-    assert "proj" in refused(lambda: peft.PeftModel.from_pretrained(model, str(tmp_path / "split")))
-    if hasattr(model, "load_adapter"):
-        refused(lambda: model.load_adapter(str(tmp_path / "split")))
-    for targets in (SPLIT, ["o_proj", "q_proj"], r".*\.(o_proj|v_proj)", ["o_proj", "rotary"]):
-        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
-        refused(lambda config=config: peft.get_peft_model(model, config))
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=FUSED, rank_pattern={"q_proj": 2})
-    refused(lambda: peft.get_peft_model(model, config))
-    # A refusal leaves the model as it was.
-    assert [name for name, _ in model.named_parameters()] == names
-    assert torch.equal(logits(model), before)
+    model.model.H_module.requires_grad_(False)
+    before, parameters = logits(model), {name: value.requires_grad for name, value in model.named_parameters()}
+    for add in (peft.get_peft_model, lambda model, config: peft.inject_adapter_in_model(config, model)):
+        refused(lambda add=add: add(model, copy.deepcopy(config)))
+        assert {name: value.requires_grad for name, value in model.named_parameters()} == parameters
+        assert torch.equal(logits(model), before)
+        assert not hasattr(model, "peft_config")
+
+
+RIGHT = [
+    configured(["attn.o_proj"]),
+    configured("all-linear", exclude_modules=["lm_head", "score"]),
+    configured(r".*_proj"),
+    configured(r".*L_module.*\.(gqkv|o)_proj"),
+    configured([*FUSED, "lm_head"], layers_to_transform=[1], rank_pattern={r"layers\.0\.attn\.o_proj": 2}),
+    configured(modules_to_save=["lm_head", "score"], use_dora=True),
+]
+
+
+@pytest.mark.parametrize("config", RIGHT)
+def test_right_names_are_taken(config):
+    adapted = peft.get_peft_model(tiny_model(**FIELDS), copy.deepcopy(config))
+    assert any("lora_B" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_second_adapter_of_wrong_names_is_refused(tmp_path):
+    adapt(library_model(), ["q_proj", "o_proj"], tmp_path / "split")
+    wanted = adapt(tiny_model(**FIELDS), FUSED, tmp_path / "fused")
+    model = peft.PeftModel.from_pretrained(tiny_model(**FIELDS), str(tmp_path / "fused"))
+    refused(lambda: model.load_adapter(str(tmp_path / "split"), "two"))
+    refused(lambda: model.add_adapter("two", configured(["q_proj", "o_proj"])))
+    model.add_adapter("two", configured(["o_proj"]))
+    tensors = load_file(tmp_path / "split" / "adapter_model.safetensors")
+    refused(lambda: peft.set_peft_model_state_dict(model, tensors, "two"))
+    assert list(model.peft_config) == ["default", "two"]
+    torch.testing.assert_close(logits(model), wanted)
+
+
+def test_a_second_adapter_through_transformers(tmp_path):
+    adapt(library_model(), ["q_proj", "o_proj"], tmp_path / "split")
+    wanted = adapt(tiny_model(**FIELDS), FUSED, tmp_path / "fused")
+    # Right names in the config, those of the other class in the tensors.
+    shutil.copytree(tmp_path / "split", tmp_path / "mixed")
+    shutil.copy(tmp_path / "fused/adapter_config.json", tmp_path / "mixed")
+    model = tiny_model(**FIELDS)
+    before = logits(model)
+    for folder in ("split", "mixed"):
+        refused(lambda folder=folder: model.load_adapter(str(tmp_path / folder)))
+        assert torch.equal(logits(model), before) and not hasattr(model, "peft_config")
+    model.load_adapter(str(tmp_path / "fused"))
+    torch.testing.assert_close(logits(model), wanted)
+    for folder in ("split", "mixed"):
+        refused(lambda folder=folder: model.load_adapter(str(tmp_path / folder), "two"))
+        assert list(model.peft_config) == ["default"]
+        torch.testing.assert_close(logits(model), wanted)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
+    adapt(tiny_model(**FIELDS, num_layers_per_stack=3), FUSED, tmp_path / "deep")
+    for load in (peft.PeftModel.from_pretrained, lambda model, folder: model.load_adapter(folder)):
+        with pytest.raises(ValueError, match="another size"):
+            load(tiny_model(**FIELDS), str(tmp_path / "deep"))
+
+
+def test_a_config_that_peft_sets_afterwards_is_checked_too():
+    """A release of peft that lists the modules elsewhere is caught when it is done."""
+    adapted = peft.get_peft_model(tiny_model(**FIELDS), configured(["o_proj"], modules_to_save=["lm_head"]))
+    model = adapted.base_model.model
+    configs = {"default": configured(["o_proj", "q_proj"])}
+    del model.peft_config
+    refused(lambda: setattr(model, "peft_config", configs))
+    fresh = tiny_model(**FIELDS)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in fresh.named_parameters()]
     assert all(parameter.requires_grad != name.endswith("z_L_init") for name, parameter in model.named_parameters())
-    assert not hasattr(model, "peft_config")
+    assert torch.equal(logits(model), logits(fresh))
 
 
 def test_an_adapter_whose_pattern_matches_and_whose_tensors_do_not(tmp_path):
