@@ -204,7 +204,8 @@ def from_published(
     if counted != dimensions.layers:
         both = ", which counts both stacks" if counted == 2 * dimensions.layers else ""
         warnings.append(
-            f"{where}: {name} is {counted}{both}; the tensors have {dimensions.layers} layers a stack and are right"
+            f"{where}: {name} is {short(counted)}{both}; the tensors have {dimensions.layers} layers a stack and are "
+            "right"
         )
 
     if "L_bp_cycles" not in config and "L_bp_steps" in config:
@@ -247,7 +248,7 @@ def from_published(
         )
     config["H_cycles"], config["L_cycles"] = H_cycles, L_cycles
     _check_types(config, where)
-    return complete(config, dimensions, origin), warnings
+    return complete(config, dimensions, where), warnings
 
 
 def published_envelope(tokenizer: Tokenizer | None) -> Envelope:

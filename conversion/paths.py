@@ -16,9 +16,10 @@ def inside(folder: Path, name: str, named_by: Path) -> Path:
         named_by: the file that holds the name, for the message.
 
     Raises:
-        ConversionError: the name is a path, or a link that leaves the checkpoint.
+        ConversionError: the name is a path, has characters that cannot be shown, or is a link that leaves the
+            checkpoint.
     """
-    plain = bool(name) and "\0" not in name and name not in {".", ".."}
+    plain = bool(name) and name.isprintable() and name not in {".", ".."}
     if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
         raise ConversionError(
             f"{named_by} names {name!r}, which is no plain file name: a checkpoint's files lie in its own folder; "

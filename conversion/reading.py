@@ -89,14 +89,17 @@ def read_text(folder: Path, name: str, limit: int = MAX_BYTES) -> str:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of a checkpoint, with the errors of `read_text` and for what is no object or nested too deeply."""
+    text = read_text(folder, name)
     try:
-        value = json.loads(read_text(folder, name))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{folder / name} is no valid JSON ({said(error)}): download it again") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{folder / name} is no JSON object: download it again")
     if _is_deeper(value, MAX_DEPTH):
         raise ConversionError(f"{folder / name} is nested deeper than {MAX_DEPTH} levels: download it again")
+    if "\\u" in text and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise ConversionError(f"{folder / name} holds half a surrogate pair, which is no text: download it again")
     return value
 
 
@@ -129,6 +132,8 @@ def _check_size(root: yaml.Node, path: Path) -> None:
     def size(node: yaml.Node, depth: int) -> int:
         if depth > MAX_DEPTH:
             raise ConversionError(f"{path} is nested deeper than {MAX_DEPTH} levels: copy it again")
+        if isinstance(node.value, str) and not _is_unicode(node.value):
+            raise ConversionError(f"{path} holds half a surrogate pair, which is no text: copy it again")
         if id(node) not in sizes:
             children = node.value if isinstance(node.value, list) else []
             pairs = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
@@ -137,6 +142,15 @@ def _check_size(root: yaml.Node, path: Path) -> None:
 
     if size(root, 0) > MAX_YAML_NODES:
         raise ConversionError(f"{path} has more than {MAX_YAML_NODES:,} values with its aliases: copy it again")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8; a lone surrogate, which JSON can escape, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

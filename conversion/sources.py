@@ -277,15 +277,15 @@ def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
         weight_map = read_json(path, index_path.name).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index_path} has no weight_map: download it again")
-        files = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str):
-                raise ConversionError(f"{index_path}: {name} is not placed in a file; download it again")
-            files[name] = inside(path, shard, index_path)
-        for file in dict.fromkeys(files.values()):
+        if (
+            name := next((name for name, shard in weight_map.items() if not isinstance(shard, str)), None)
+        ) is not None:
+            raise ConversionError(f"{index_path}: {name} is not placed in a file; download it again")
+        files = {shard: inside(path, shard, index_path) for shard in dict.fromkeys(weight_map.values())}
+        for file in files.values():
             if not file.is_file():
                 raise ConversionError(f"{file} is missing, and {index_path.name} names it: download it")
-        return files
+        return {name: files[shard] for name, shard in weight_map.items()}
     single = inside(path, "model.safetensors", path)
     if single.is_file():
         return [single]

@@ -26,13 +26,17 @@ PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8
 
 @dataclass(frozen=True)
 class Verification:
-    """Findings of a reload. `differences` is empty where the folder is what the source was."""
+    """Findings of a reload. `differences` is empty where the folder is what the source was.
+
+    `damage` says which tensor of the source is not finite, where the source itself gives no finite logits.
+    """
 
     loaded_as: str
     tensors: int
     logits: str
     tokenizer: str
     differences: list[str]
+    damage: str | None = None
 
     def lines(self) -> list[str]:
         """The report, a line an item."""
@@ -112,6 +116,7 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     # tensor: no two copies of a large model are held.
     prompt = _fixed_prompt(config)
     wanted = _logits(_in_memory(request, source, dtype), prompt)
+    damage = None if wanted.isfinite().all() else _damage(source, dtype)
     _give_memory_back()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
@@ -147,7 +152,14 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
         "tokenizer": tokenizer,
         "differences": differences + faults,
+        "damage": damage,
     }
+
+
+def _damage(source: Any, dtype: Any) -> str:
+    """Why the source's own weights give logits that are not finite."""
+    broken = next((name for name in source.specs if not source.read(name).to(dtype).isfinite().all()), None)
+    return f"{broken} holds NaN or infinite values" if broken else "its weights are so large that the logits overflow"
 
 
 def _give_memory_back() -> None:

@@ -175,7 +175,8 @@ def check(source: Path, output: Path, what: str, fully: bool) -> bool:
     if fully:
         opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None, "label": None}
         found = verify(output, opening, done.plan.config, remote_code=True)
-        assert not found.differences, (what, found.differences)
+        # Changed bytes may be a NaN, and then the source is no better.
+        assert not found.differences or found.damage, (what, found.differences)
     shutil.rmtree(output)
     return True
 

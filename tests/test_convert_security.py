@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from convert_weights import convert
 
 from .checkpoints import REFERENCE, assert_refused, published_config, published_tensors, save_published
+from .test_convert_output import small_tokenizer
 
 
 class Payload:
@@ -259,7 +261,9 @@ def test_the_tokenizer_path_of_the_training_machine_is_not_followed(training, tm
         assert done.plan.source.tokenizer is None
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/hostname", "sub/x.safetensors", ".."])
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/hostname", "sub/x.safetensors", "..", "a\nb", "\x1b[31m"]
+)
 def test_a_shard_index_cannot_point_outside(model, file):
     save_published(model.parent / "other")
     shutil.move(model.parent / "other" / "model.safetensors", model.parent / "outside.safetensors")
@@ -267,6 +271,37 @@ def test_a_shard_index_cannot_point_outside(model, file):
     index["weight_map"] = dict.fromkeys(index["weight_map"], file)
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(model, "no plain file name")
+
+
+def test_a_shard_index_of_a_million_names(model):
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {f"x{number}": "model-00001-of-00002.safetensors" for number in range(10**6)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    started = time.process_time()
+    assert_refused(model, "lacks the tensor x0 that the index names")
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("addition", ['"x": "\\ud800"', '"\\udfff": 1', '"x": [["\\udc00\\ud800"]]'])
+def test_half_of_a_surrogate_pair(model, name, addition):
+    for file in small_tokenizer(model.parent / "tokenizer", bos_token="<|im_start|>").iterdir():
+        shutil.copy(file, model)
+    text = (model / name).read_text().rstrip()
+    (model / name).write_text(f"{text[:-1]}, {addition}}}")
+    assert_refused(model, f"{name} holds half a surrogate pair")
+
+
+def test_half_of_a_surrogate_pair_in_yaml(training):
+    text = (training / "train_metadata.yaml").read_text()
+    (training / "train_metadata.yaml").write_text(text + '\nx: "\\ud800"\n')
+    assert_refused(training, r"train_metadata\.yaml holds half a surrogate pair")
+
+
+def test_a_whole_surrogate_pair_is_text(model):
+    config = (model / "config.json").read_text().rstrip()
+    (model / "config.json").write_text(config[:-1] + ', "x": "\\ud83d\\ude00"}')
+    convert(model, model.parent / "out", verification=False, progress=False)
 
 
 def test_a_shard_index_that_names_an_absent_file(model):

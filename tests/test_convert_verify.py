@@ -95,6 +95,16 @@ def test_differences_give_exit_code_1_and_the_old_output(converted, tmp_path, mo
     assert snapshot(target) == before
 
 
+@pytest.mark.parametrize(("value", "why"), [(float("nan"), "lm_head.weight holds NaN"), (3e38, "the logits overflow")])
+def test_a_source_without_finite_logits(tmp_path, value, why):
+    tensors = published_tensors()
+    tensors["lm_head.weight"][5] = value
+    source = save_published(tmp_path / "source", tensors)
+    with pytest.raises(ConversionError, match=f"source: .*{why}.*--no-verify"):
+        convert(source, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_the_reference_verifies_in_bfloat16(tmp_path):
     done = convert(REFERENCE / "checkpoint", tmp_path / "out", dtype="bfloat16", progress=False)
     assert done.verification.differences == []
