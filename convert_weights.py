@@ -119,10 +119,7 @@ def convert(
             readable = {key: str(value) if isinstance(value, Path) else value for key, value in opening.items()}
             found = verify(temporary, readable, plan.config, remote_code="auto_map" in plan.config)
             if found.damage:
-                raise ConversionError(
-                    f"{folder}: {found.damage}: the file is damaged or was saved from a run that diverged. "
-                    "--no-verify converts it all the same"
-                )
+                raise ConversionError(f"{folder}: {found.damage}; --no-verify converts it all the same")
             if found.differences:
                 raise ConversionError(
                     f"{output}: the reloaded folder is not the source ({len(found.differences)} differences, first: "

@@ -28,7 +28,8 @@ PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8
 class Verification:
     """Findings of a reload. `differences` is empty where the folder is what the source was.
 
-    `damage` says which tensor of the source is not finite, where the source itself gives no finite logits.
+    `damage` says what is wrong with the source itself: its weights give no finite logits, or its tokenizer does not
+    load.
     """
 
     loaded_as: str
@@ -80,7 +81,10 @@ def verify(folder: Path, source: dict[str, Any], config: dict[str, Any], remote_
         )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ConversionError(f"{folder} does not load ({lines[-1]}): nothing was put in place; report this")
+        raise ConversionError(
+            f"{source['path']} was converted to a folder that does not load ({lines[-1]}): nothing was put in place; "
+            "report this"
+        )
     return Verification(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -89,6 +93,7 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from transformers import AutoModelForCausalLM
 
+    from .reading import said
     from .sources import open_source
     from .writer import same_bits
 
@@ -145,7 +150,13 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         differences.append("the logits hold NaN or infinite values")
     elif not difference <= allowed * max(1.0, wanted.abs().max().item()):
         differences.append(f"the logits differ from the in-memory model's by {difference:.3g}")
-    tokenizer, faults = _tokenizer(folder, request)
+    try:
+        tokenizer, faults = _tokenizer(folder, request)
+    except Exception as error:  # whatever the tokenizers library makes of a damaged file
+        tokenizer, faults = "does not load", []
+        damage = damage or (
+            f"its tokenizer does not load ({type(error).__name__}: {said(error)}): pass another with --tokenizer"
+        )
     return {
         "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
         "tensors": equal,
@@ -159,7 +170,10 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
 def _damage(source: Any, dtype: Any) -> str:
     """Why the source's own weights give logits that are not finite."""
     broken = next((name for name in source.specs if not source.read(name).to(dtype).isfinite().all()), None)
-    return f"{broken} holds NaN or infinite values" if broken else "its weights are so large that the logits overflow"
+    reason = (
+        f"{broken} holds NaN or infinite values" if broken else "its weights are so large that the logits overflow"
+    )
+    return f"{reason}: the file is damaged, or was saved from a run that diverged"
 
 
 def _give_memory_back() -> None:

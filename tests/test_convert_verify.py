@@ -1,6 +1,7 @@
 """The reload in a new process: what it compares, and that it sees what is wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,18 @@ def test_a_source_without_finite_logits(tmp_path, value, why):
     with pytest.raises(ConversionError, match=f"source: .*{why}.*--no-verify"):
         convert(source, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_that_does_not_load(tmp_path):
+    source = save_published(tmp_path / "source")
+    for file in small_tokenizer(tmp_path / "tokenizer", bos_token="<|im_start|>").iterdir():
+        shutil.copy(file, source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["added_tokens"][3]["special"] = 1
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match=r"source: its tokenizer does not load .*--tokenizer"):
+        convert(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_reference_verifies_in_bfloat16(tmp_path):
