@@ -125,14 +125,14 @@ def choose_backend(config: Any, needs_weights: bool = False) -> str:
     """
     name = config._attn_implementation or "sdpa"
     if needs_weights and name != "eager":
-        logger.warning_once("`output_attentions=True` needs the weights: this call runs the eager attention.")
+        logger.warning_once("`output_attentions=True` needs the attention weights: this call uses eager attention.")
         return "eager"
     if is_flash(name):
         return FLASH
     if name not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(
-            f"the attention implementation {name!r} is not one that HRM-Text knows how to give prefix blocks to: "
-            "use 'sdpa', 'eager', 'flex_attention' or a flash attention through `model.set_attn_implementation`."
+            f"HRM-Text does not support the attention implementation {name!r}: call `model.set_attn_implementation` "
+            "with 'sdpa', 'eager', 'flex_attention' or a flash attention."
         )
     return name
 
@@ -152,8 +152,8 @@ def plan_whole_mask(mask: torch.Tensor, backend: str, key_length: int | None = N
         raise ValueError(f"a 4-D `attention_mask` cannot be given to {backend!r} attention: use 'sdpa' or 'eager'.")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"a 4-D `attention_mask` of {mask.dtype} could mean a 1 that is seen or one that is added: give "
-            "`mask.bool()`, True where a query sees a key, or floats that are added."
+            f"a 4-D `attention_mask` of {mask.dtype} is ambiguous, since a 1 could mark a visible key or be added to "
+            "the scores: give `mask.bool()`, True where a query sees a key, or an additive mask of floats."
         )
     # Rows that see nothing are padding; they may see anything, since nothing sees them.
     if mask.dtype is torch.bool:
@@ -184,7 +184,7 @@ def plan_attention(
     past_is_known = isinstance(past, int)
     if capacity is not None and past_is_known and past + count > capacity:
         raise ValueError(
-            f"the static cache holds {capacity} positions and {past} + {count} are needed: create it with a larger "
+            f"the static cache has {capacity} positions and this call needs {past} + {count}: create it with a larger "
             "`max_cache_len`, or use a growing cache."
         )
     # The weights that eager attention gives back span a static cache, as they do in the library's classes.

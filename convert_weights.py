@@ -143,7 +143,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
     size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if size < 1:
-        raise ConversionError(f"--max-shard-size {text!r} is no size: write it like 500MB or 5GB")
+        raise ConversionError(f"--max-shard-size {text!r} is not a size: write it like 500MB or 5GB")
     return int(size)
 
 

@@ -129,7 +129,7 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         if ids is None and not whole:
             raise ValueError(
                 f"`inputs_embeds` holds {given} tokens and the cache {past}: give the embeddings of the whole "
-                "conversation, the cached tokens too, or `input_ids`."
+                "conversation, cached tokens included, or `input_ids`."
             )
         if types is not None:
             types = _checked_types(types, batch, given, past, whole)
@@ -172,8 +172,8 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             without = without & (mask != 0).any(dim=1).to(without.device)
             if bool(((mask[:, -1] == 0) & (mask != 0).any(dim=1)).any()):
                 logger.warning_once(
-                    "The prompts are padded on the right, so that `generate` goes on after padding and answers worse: "
-                    "pad on the left (`tokenizer.padding_side = 'left'`)."
+                    "The prompts are padded on the right: `generate` continues after the padding and answers worse. "
+                    "Pad on the left (`tokenizer.padding_side = 'left'`)."
                 )
         if infers_blocks(self.config) and (recognised or bool(without.any())):
             warn_without_block(self.config, has_no_ids=recognised)
@@ -338,13 +338,13 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
     ) -> Any:
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
-                "`assistant_early_exit` cannot be served: HRM-Text has no layer after which its state could be read "
-                "as logits. Use `prompt_lookup_num_tokens`, or a smaller HRM-Text as `assistant_model`."
+                "`assistant_early_exit` is not supported: no intermediate state of HRM-Text can be read as logits. "
+                "Use `prompt_lookup_num_tokens`, or a smaller HRM-Text as `assistant_model`."
             )
         model_kwargs = kwargs["model_kwargs"]
         if model_kwargs.get("inputs_embeds") is not None or self.known_length(model_kwargs) > input_ids.shape[1]:
             raise ValueError(
-                "assisted decoding needs the ids of the whole conversation, since drafts are compared with them: "
+                "assisted decoding needs the ids of the whole conversation, because it compares drafts with them: "
                 "pass `input_ids` in full (no `inputs_embeds`, and not only the tokens that follow the cache), or "
                 "leave the assistant out."
             )
@@ -428,17 +428,17 @@ def _holds_whole_conversation(
     known = None if history is None else history.facts(0, past)
     if known is None or bool(((known.ids < 0) & known.real).any()):
         raise ValueError(
-            f"the cache holds {past} tokens whose ids are not known (embeddings, or another model wrote them), so it "
-            f"cannot be told whether the {given} given ids include them: pass only what follows the cache, with an "
-            f"`attention_mask` of {past + given} columns."
+            f"the cache holds {past} tokens whose ids are not known (embeddings, or another model wrote them), so "
+            f"`generate` cannot tell whether the {given} given ids include them: pass only what follows the cache, "
+            f"with an `attention_mask` of {past + given} columns."
         )
     ids = ids.to(known.ids.device)
     if given > past and not bool(((ids[:, :past] != known.ids) & known.real).any()):
         return True
     if _resemble(ids, mask, known):
         raise ValueError(
-            f"the cache holds {past} tokens already, and the {given} of `input_ids` resemble them but do not go on "
-            "from them: pass the whole conversation and a cache that is cropped to what they have in common, or only "
+            f"the cache already holds {past} tokens, and the {given} of `input_ids` resemble them but do not continue "
+            "them: pass the whole conversation and a cache that is cropped to what they have in common, or only "
             f"what follows the cache together with an `attention_mask` of {past + given} columns."
         )
     return False
@@ -477,8 +477,8 @@ def _refuse_packed(cache: Any, past: int) -> None:
     known = history.facts(0, past)
     if bool((find_sequences(known.positions, known.real) > 0).any()):
         raise ValueError(
-            "the cache holds rows of several packed sequences; `generate` continues one sequence a row: give each its "
-            "own row, padded on the left, and a new cache."
+            "the cache holds rows of several packed sequences, and `generate` continues one sequence per row: give "
+            "each its own row, padded on the left, and a new cache."
         )
 
 
@@ -507,7 +507,7 @@ def _checked_types(types: Any, batch: int, given: int, past: int, whole: bool) -
 
 
 def _refuse_other_types(types: torch.Tensor, cache: Any, past: int, total: int) -> None:
-    """Refuses types [batch, total] that say otherwise of the cached tokens than they were read."""
+    """Refuses types [batch, total] that contradict those with which the cached tokens were read."""
     history = History.of(cache)
     if history is None or past == 0 or types.shape[1] != total:
         return
@@ -516,8 +516,8 @@ def _refuse_other_types(types: torch.Tensor, cache: Any, past: int, total: int) 
     inside = (stated == 1) | (stated == 2)
     if bool(((inside != (known.types > 0)) & known.real).any()):
         raise ValueError(
-            f"`token_type_ids` say otherwise of the {past} cached tokens than they were read: a prefix block that the "
-            "cache holds, or holds a part of, cannot be changed. Pass a cache that ends before it, or none."
+            f"`token_type_ids` contradict the types with which the {past} cached tokens were read: a prefix block "
+            "that is wholly or partly in the cache cannot be changed. Pass a cache that ends before it, or none."
         )
 
 
@@ -525,14 +525,14 @@ def _checked_positions(position_ids: torch.Tensor, given: int, total: int, mask:
     """`position_ids` [rows, total]; where only those of the new tokens were given, zeros stand for the cached ones."""
     if position_ids.ndim != 2 or position_ids.shape[1] not in (given, total):
         raise ValueError(
-            f"`position_ids` has shape {tuple(position_ids.shape)} for {given} tokens: give one for each."
+            f"`position_ids` has shape {tuple(position_ids.shape)} for {given} tokens: give one position per token."
         )
     new = position_ids[:, -given:]
     real = None if mask is None else mask[:, -given:].to(new.device) != 0
     if bool((find_sequences(new, real) > 0).any()):
         raise ValueError(
-            "`position_ids` restart within a row, which packs several sequences into it; `generate` continues one "
-            "sequence a row: give each its own row, padded on the left."
+            "`position_ids` restart within a row, which packs several sequences into it, and `generate` continues one "
+            "sequence per row: give each its own row, padded on the left."
         )
     return F.pad(position_ids, (total - position_ids.shape[1], 0))
 

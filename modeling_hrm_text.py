@@ -409,8 +409,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
         self.z_L_init = nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False)
         if config.cycles_changed:
             logger.warning_once(
-                f"the config was made for H_cycles, L_cycles = {tuple(config._made_for_cycles)} and the model runs "
-                f"{(config.H_cycles, config.L_cycles)}: a checkpoint that came with it was trained for another depth."
+                f"the config was created with H_cycles, L_cycles = {tuple(config._made_for_cycles)} and the model "
+                f"runs {(config.H_cycles, config.L_cycles)}: its checkpoint was trained at another depth."
             )
         self.post_init()
 
@@ -508,8 +508,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
         if whole_mask is not None and whole_mask.dim() == 4:
             if call.token_type_ids is not None:
                 raise ValueError(
-                    "a 4-D `attention_mask` and `token_type_ids` were given, and both say who sees whom: give a 2-D "
-                    "`attention_mask` with `token_type_ids`, or the 4-D mask alone."
+                    "a 4-D `attention_mask` and `token_type_ids` were given, and each defines which tokens a token "
+                    "sees: give a 2-D `attention_mask` with `token_type_ids`, or the 4-D mask alone."
                 )
             call.attention_mask = None
             call.token_type_ids = torch.zeros(call.shape, dtype=torch.long, device=call.device)
@@ -523,7 +523,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
                 layout = read_step(call, handed, past)
             else:
                 if handed is not None and not isinstance(handed, PromptLayout):
-                    raise ValueError("`layout` is no argument of this model: give `token_type_ids`.")
+                    raise ValueError("`layout` is not an argument of this model: give `token_type_ids`.")
                 call.prompt = None if handed is None else handed.widened(call.shape[1])
                 layout = read_layout(self.config, call)
             static_shapes = compiles_layers() and layout.count == 1
@@ -557,7 +557,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         if counts and slots not in (0, self.config.num_hidden_layers):
             raise ValueError(
                 f"the cache has {slots} slots and the model makes {self.config.num_hidden_layers} attention calls: "
-                "`H_cycles` or `L_cycles` were changed since the cache was filled. Begin with a new cache."
+                "`H_cycles` or `L_cycles` were changed since the cache was filled. Start with a new cache."
             )
 
     def _recur(
@@ -592,11 +592,13 @@ class HrmTextModel(HrmTextPreTrainedModel):
         if self.L_module.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError(
-                    "`past_key_values` were given while training with gradient checkpointing, whose second pass would "
-                    "write the cache again: leave them out, or call `model.gradient_checkpointing_disable()`."
+                    "`past_key_values` were given in training with gradient checkpointing, whose recomputation would "
+                    "write to the cache again: leave them out, or call `model.gradient_checkpointing_disable()`."
                 )
             if use_cache:
-                logger.warning_once("`use_cache=True` does not go with gradient checkpointing: no cache is returned.")
+                logger.warning_once(
+                    "`use_cache=True` has no effect with gradient checkpointing: no cache is returned."
+                )
             return False
         return bool(use_cache)
 

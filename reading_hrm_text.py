@@ -72,9 +72,9 @@ SPLIT_ENVELOPE = (
     "causally throughout."
 )
 FOREIGN_CACHE = (
-    "the cache does not hold what this model wrote to it, or it cannot be told: its rows or positions were replaced, "
-    "another model wrote to it, or its keys are quantized and its rows differ. Begin with a new cache, leave "
-    "`past_key_values` unset where rows differ, or change a cache only through its methods (`crop`, `reorder_cache`, "
+    "the cache does not hold what this model wrote to it, or the model cannot tell: its rows or positions were "
+    "replaced, another model wrote to it, or its keys are quantized and its rows differ. Start with a new cache, "
+    "leave `past_key_values` unset where rows differ, or change a cache only through its methods (`crop`, `reorder_cache`, "
     "`batch_select_indices`, `batch_repeat_interleave`, `reset`)."
 )
 
@@ -564,19 +564,19 @@ class _Reading:
                 raise ValueError(message if isinstance(message, str) else message())
 
     def warn(self) -> None:
-        """Says once what is probably a mistake."""
+        """Warns once of what is probably a mistake."""
         if not self.readable:
             return
         last = self.past + self.count - 1 if self.call.position_ids is None else self.values.get("last position", -1)
         if last >= self.config.max_position_embeddings:
             logger.warning_once(
-                f"position {last} lies beyond `max_position_embeddings` ({self.config.max_position_embeddings}): the "
-                "model was not trained there and its answers will be worse. Shorten the input."
+                f"position {last} is beyond `max_position_embeddings` ({self.config.max_position_embeddings}): the "
+                "model was not trained on such positions and its answers will be worse. Shorten the input."
             )
         if self.values.get("leaks"):
             logger.warning_once(
-                "`labels` lie on tokens of a prefix block, which the tokens before them have already read: the loss "
-                "there measures nothing. Set the labels of prompts to -100 (`training.data.PrefixLMCollator` does)."
+                "`labels` include tokens of a prefix block, which earlier tokens have already seen: the loss on them "
+                "measures nothing. Set the labels of prompts to -100 (`training.data.PrefixLMCollator` does)."
             )
         if self.values.get("without block"):
             warn_without_block(self.config, self.call.input_ids is None, "A row")
@@ -633,37 +633,36 @@ def infers_blocks(config: Any) -> bool:
 
 
 def warn_types_are_ignored() -> None:
-    """Says once that a model without PrefixLM has no use for types."""
+    """Warns once that a model without PrefixLM ignores `token_type_ids`."""
     logger.warning_once(
-        "`token_type_ids` were given and are ignored, because `config.prefix_lm` is False: the model reads everything "
-        "causally."
+        "`token_type_ids` are ignored because `config.prefix_lm` is False: attention is causal everywhere."
     )
 
 
 def warn_without_block(config: Any, has_no_ids: bool = False, what: str = "The prompt") -> None:
-    """Says once that something is read causally for want of a prompt envelope."""
+    """Warns once that a row without a prompt envelope is read causally."""
     if has_no_ids:
         logger.warning_once(
-            "`inputs_embeds` were given without `token_type_ids`: prompts are found only where the vectors of the "
-            "tokens that open and close them stand in the embeddings, and everything else is read causally and "
-            "answered much worse. Give `token_type_ids` with 1 on the tokens of the prompt."
+            "`inputs_embeds` were given without `token_type_ids`: HRM-Text finds only prompts whose opening and "
+            "closing tokens are in the embeddings. It reads everything else causally and answers much worse. Give "
+            "`token_type_ids` with 1 on the tokens of the prompt."
         )
         return
     logger.warning_once(
         f"{what} holds no prefix block, so HRM-Text reads it causally and answers much worse. It expects prompts that "
         f"open with the token ids {config.prefix_start} and close with {config.prefix_end}, which "
         "`tokenizer.apply_chat_template` writes (and `encode_prompt`, where the tokenizer has it); or give "
-        "`token_type_ids` with 1 on the tokens of the prompt (all zeros say that causal is meant)."
+        "`token_type_ids` with 1 on the tokens of the prompt (all zeros ask for causal attention)."
     )
 
 
 def warn_nothing_says_what_is_prompt() -> None:
-    """Says once that neither the caller nor the config tells the prompt from the rest."""
+    """Warns once that neither the caller nor the config marks the prompt."""
     logger.warning_once(
-        "Nothing says which tokens are the prompt: neither `token_type_ids`, nor the config, whose "
-        "`prefix_end_token_id` is None. HRM-Text reads all of it causally and answers much worse. Set "
-        "`prefix_end_token_id` in the config (and `prefix_start_token_ids`, unless it is bos), or give "
-        "`token_type_ids` with 1 on the tokens of the prompt and zeros elsewhere."
+        "Nothing marks the prompt: there are no `token_type_ids`, and `prefix_end_token_id` in the config is None. "
+        "HRM-Text reads everything causally and answers much worse. Set `prefix_end_token_id` in the config (and "
+        "`prefix_start_token_ids`, unless the bos token opens a prompt), or give `token_type_ids` with 1 on the "
+        "tokens of the prompt and 0 elsewhere."
     )
 
 

@@ -130,8 +130,8 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         super().__init__(tokenizer_file=tokenizer_file, **kwargs)
         if prompt_end not in self.get_vocab():
             raise ValueError(
-                f"tokenizer.json has no token {prompt_end!r}, which closes a prompt: this is no tokenizer of "
-                "HRM-Text's prompts; load it as its own class, without trust_remote_code"
+                f"tokenizer.json has no token {prompt_end!r}, which closes a prompt, so this is not an HRM-Text "
+                "tokenizer: load it as its own class, without trust_remote_code"
             )
         self.trained_on_tools = trained_on_tools
         # Where tools of transformers look for what a tokenizer was made with.
@@ -397,7 +397,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             kwargs: further arguments of the template.
 
         Raises:
-            ValueError: an unknown tag, arguments of a tool call that are not JSON.
+            ValueError: an unknown tag, or arguments of a tool call that are not JSON.
             jinja2.TemplateError: roles that do not alternate, content that is not text, tools that the model was not
                 trained on.
         """
@@ -419,7 +419,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
             signature = inspect.signature(PreTrainedTokenizerFast.apply_chat_template)
             return_dict = signature.parameters["return_dict"].default
         if return_assistant_tokens_mask and not return_dict:
-            raise ValueError("return_assistant_tokens_mask=True needs return_dict=True, there is no place for it else")
+            raise ValueError("return_assistant_tokens_mask=True needs return_dict=True, which holds the mask")
         encoding = {
             "padding": padding,
             "truncation": truncation,

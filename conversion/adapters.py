@@ -144,7 +144,7 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict):
-            raise ConversionError(f"{where}: {field} is no table")
+            raise ConversionError(f"{where}: {field} is not a table")
         for key, value in table.items():
             # peft reads the keys as patterns; what is more than a name is not guessed at.
             if not _PLAIN_NAME.fullmatch(key) or type(value) not in (int, float) or not 0 < value < math.inf:
@@ -167,7 +167,7 @@ def _read(path: Path, config: dict[str, Any]) -> tuple[dict[str, _Pair], dict[st
         elif "_module.layers." not in key and ".lora_" not in key:  # modules_to_save
             others[key] = read_place(file, spec, start)
         else:
-            raise ConversionError(f"{file} holds {shown(key)}, which is no LoRA matrix of an HRM-Text's projection")
+            raise ConversionError(f"{file} holds {shown(key)}, which is not a LoRA matrix of an HRM-Text's projection")
     pairs = {}
     for name, found in sides.items():
         if found.keys() != {"A", "B"} or found["A"].shape[0] != found["B"].shape[1] or found["A"].numel() == 0:

@@ -111,14 +111,16 @@ def from_training(
     arch = {**_ARCHITECTURE_DEFAULTS, **arch}
     name = arch.get("name", "hrm")
     if not isinstance(name, str) or "hrm" not in name.lower():
-        raise ConversionError(f"{where}: arch.name is {short(name)}, which is no HRM-Text")
+        raise ConversionError(f"{where}: arch.name is {short(name)}, which is not HRM-Text")
     for field, wanted in (("norm_type", "pre"), ("pos_emb_type", "rope")):
         if arch[field] != wanted:
             raise ConversionError(f"{where}: arch.{field} is {short(arch[field])}; HRM-Text has {wanted!r} only")
     if type(arch["half_layers"]) is not bool:
         raise ConversionError(f"{where}: arch.half_layers is {short(arch['half_layers'])}; it must be true or false")
     if arch["H_override"]:
-        raise ConversionError(f"{where}: arch.H_override gives the stacks different settings, which HRM-Text has not")
+        raise ConversionError(
+            f"{where}: arch.H_override gives the stacks different settings, which HRM-Text does not have"
+        )
 
     hidden, heads = _integer(arch, "hidden_size", where), _integer(arch, "num_heads", where)
     H_cycles, L_cycles = _cycles(arch, where)
@@ -184,7 +186,7 @@ def from_published(
     if config.pop("hidden_act", "silu") != "silu":
         raise ConversionError(
             f"{where}: hidden_act is {short(stored['hidden_act'])}, and HRM-Text's MLP is SwiGLU, which has 'silu': "
-            "this is no HRM-Text checkpoint"
+            "this is not an HRM-Text checkpoint"
         )
     for field, found in (
         ("hidden_size", dimensions.hidden),
@@ -213,7 +215,7 @@ def from_published(
     config.pop("L_bp_steps", None)
     rope = config.pop("rope_parameters", None) or config.pop("rope_scaling", None) or {}
     if not isinstance(rope, dict):
-        raise ConversionError(f"{where}: rope_parameters is no table; write it like {{'rope_theta': 10000.0}}")
+        raise ConversionError(f"{where}: rope_parameters is not a table; write it like {{'rope_theta': 10000.0}}")
     theta = config.pop("rope_theta", None)
     rope = {"rope_type": "default", "rope_theta": 10000.0 if theta is None else theta, **rope}
     config["rope_parameters"] = {**rope, "rope_theta": _number(rope, "rope_theta", where)}

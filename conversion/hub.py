@@ -36,8 +36,8 @@ def locate(source: str | Path) -> tuple[Path, str]:
         folder = snapshot_download(name, revision=match["revision"], allow_patterns=_WANTED)
     except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
         raise ConversionError(
-            f"{source} is no folder here, and the Hub did not give it ({_first_line(error)}): check the name, or, "
-            f"without a network, run `hf download {name}` where there is one and pass the folder"
+            f"{source} is not a folder here, and the Hub did not provide it ({_first_line(error)}): check the name; "
+            f"without a network, run `hf download {name}` on a machine that has one, and pass the folder"
         ) from None
     return Path(folder), str(source)
 
@@ -111,7 +111,7 @@ def check_repo_id(repo_id: str) -> None:
     """Raises a ConversionError unless `repo_id` reads user/name."""
     match = _HUB_ID.fullmatch(repo_id)
     if match is None or match["revision"]:
-        raise ConversionError(f"--push-to-hub {repo_id!r} is no repository: write USER/NAME")
+        raise ConversionError(f"--push-to-hub {repo_id!r} is not a repository name: write USER/NAME")
 
 
 def _first_line(error: Exception) -> str:

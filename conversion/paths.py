@@ -22,17 +22,17 @@ def inside(folder: Path, name: str, named_by: Path) -> Path:
     plain = bool(name) and name.isprintable() and name not in {".", ".."}
     if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
         raise ConversionError(
-            f"{named_by} names {name!r}, which is no plain file name: a checkpoint's files lie in its own folder; "
+            f"{named_by} names {name!r}, which is not a plain file name: a checkpoint's files lie in its own folder; "
             "do not use this checkpoint unless you trust where it came from"
         )
     path = folder / name
     try:
         target = path.resolve()
     except (OSError, RuntimeError):  # a ring of links, which Python below 3.13 reports as the second
-        raise ConversionError(f"{path} is a link that leads nowhere: put the file itself there") from None
+        raise ConversionError(f"{path} is a link that leads nowhere: copy the file itself there") from None
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append((folder.parent.parent / "blobs").resolve())
     if not any(target.is_relative_to(root) for root in roots):
-        raise ConversionError(f"{path} is a link out of the checkpoint: put the file itself there")
+        raise ConversionError(f"{path} is a link out of the checkpoint: copy the file itself there")
     return path

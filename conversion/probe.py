@@ -15,8 +15,10 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of CPU time.
 SECONDS = 5
-START_SECONDS = 120
+# Of waiting: the machine may be busy with other work, and the two limits above end what runs without an end.
+WAIT_SECONDS = 900
 MEMORY_BYTES = 8 * 2**30
 # A turn that takes more tokens than this to open is not looked at.
 _MOST_TOKENS = 64
@@ -36,16 +38,22 @@ def probe(files: dict[str, bytes]) -> dict[str, Any] | None:
         None where the tokenizer does not load or its template fails. Else `start` and `end`, ids, for which a block is
         every user turn and no answer, both None where there are none; `names`, the tokens of these ids; `before` and
         `after`, the tokens around a text; `writes` and `tools`, whether the template writes the text, and tools.
+
+    Raises:
+        TimeoutError: the process did not end in time, so that nothing is known.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "conversion.probe", folder]
-        with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):
+        try:
             done = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=START_SECONDS
+                command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=WAIT_SECONDS
             )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the chat template was not rendered within {WAIT_SECONDS} s") from None
+        with contextlib.suppress(ValueError, IndexError):
             if done.returncode == 0:
                 return json.loads(done.stdout.splitlines()[-1])
     return None
@@ -55,7 +63,7 @@ def _findings(folder: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     with contextlib.suppress(AttributeError):  # no such timer on this system: the outer limit serves
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, whoever else is using it
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def render(turns: list[tuple[str, str]], **arguments: Any) -> list[int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import ConversionError
 from .probe import probe
 from .reading import shown
 from .sources import Source
@@ -35,6 +36,9 @@ def find_prompts(source: Source, root: Path) -> Prompts:
     Args:
         source: the opened checkpoint.
         root: where this project's tokenizer files lie.
+
+    Raises:
+        ConversionError: the tokenizer is made by code of its own, or its chat template was not rendered in time.
     """
     config, tokenizer = source.config, source.tokenizer
     fields = {key: config.get(key) for key in ("prefix_start_token_ids", "prefix_end_token_id")}
@@ -49,7 +53,11 @@ def find_prompts(source: Source, root: Path) -> Prompts:
         return Prompts(fields, _line(fields, config, names, ""), files, True, [])
     found = None
     if tokenizer.template is not None:
-        found = probe(kept_files(tokenizer))
+        files = kept_files(tokenizer)
+        try:
+            found = probe(files)
+        except TimeoutError as error:
+            raise ConversionError(f"{tokenizer.folder}: {error}: try again when the machine is less busy") from None
     if mine:
         condition = _condition(found, source)
         if found is None or not found["writes"]:

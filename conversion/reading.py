@@ -42,7 +42,7 @@ def is_there(folder: Path, name: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     if not path.is_file():
-        raise ConversionError(f"{path} is no plain file: put the file itself there")
+        raise ConversionError(f"{path} is not a regular file: copy the file itself there")
     return True
 
 
@@ -63,7 +63,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_BYTES) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConversionError(f"{path} is no plain file: put the file itself there")
+                raise ConversionError(f"{path} is not a regular file: copy the file itself there")
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read(limit + 1)
         finally:
@@ -72,7 +72,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_BYTES) -> bytes:
         raise ConversionError(f"{path} is missing: the checkpoint is incomplete; copy it again") from None
     except OSError as error:
         if path.exists() and not path.is_file():
-            raise ConversionError(f"{path} is no plain file: put the file itself there") from None
+            raise ConversionError(f"{path} is not a regular file: copy the file itself there") from None
         raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if len(content) > limit:
         raise ConversionError(f"{path} is larger than {limit:,} bytes: it is not what it should be")
@@ -84,7 +84,7 @@ def read_text(folder: Path, name: str, limit: int = MAX_BYTES) -> str:
     try:
         return read_bytes(folder, name, limit).decode("utf-8")
     except UnicodeDecodeError:
-        raise ConversionError(f"{folder / name} is no text file: copy it again") from None
+        raise ConversionError(f"{folder / name} is not UTF-8 text: copy it again") from None
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -93,18 +93,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{folder / name} is no valid JSON ({said(error)}): download it again") from None
+        raise ConversionError(f"{folder / name} is not valid JSON ({said(error)}): download it again") from None
     if not isinstance(value, dict):
-        raise ConversionError(f"{folder / name} is no JSON object: download it again")
+        raise ConversionError(f"{folder / name} is not a JSON object: download it again")
     if _is_deeper(value, MAX_DEPTH):
         raise ConversionError(f"{folder / name} is nested deeper than {MAX_DEPTH} levels: download it again")
     if "\\u" in text and not _is_unicode(json.dumps(value, ensure_ascii=False)):
-        raise ConversionError(f"{folder / name} holds half a surrogate pair, which is no text: download it again")
+        raise ConversionError(f"{folder / name} holds half a surrogate pair, which is not text: download it again")
     return value
 
 
 def read_yaml(folder: Path, name: str) -> dict[str, Any]:
-    """A YAML table of a checkpoint, plain data only, with the errors of `read_text` and for what is no table.
+    """A YAML table of a checkpoint, plain data only, with the errors of `read_text` and for what is not a table.
 
     A file that is small as written and large with its aliases written out is refused before that happens.
     """
@@ -119,9 +119,9 @@ def read_yaml(folder: Path, name: str) -> dict[str, Any]:
         finally:
             loader.dispose()
     except (yaml.YAMLError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{folder / name} is no plain YAML ({said(error)}): copy it again") from None
+        raise ConversionError(f"{folder / name} is not plain YAML ({said(error)}): copy it again") from None
     if not isinstance(value, dict):
-        raise ConversionError(f"{folder / name} is no YAML table: copy it again")
+        raise ConversionError(f"{folder / name} is not a YAML mapping: copy it again")
     return value
 
 
@@ -133,7 +133,7 @@ def _check_size(root: yaml.Node, path: Path) -> None:
         if depth > MAX_DEPTH:
             raise ConversionError(f"{path} is nested deeper than {MAX_DEPTH} levels: copy it again")
         if isinstance(node.value, str) and not _is_unicode(node.value):
-            raise ConversionError(f"{path} holds half a surrogate pair, which is no text: copy it again")
+            raise ConversionError(f"{path} holds half a surrogate pair, which is not text: copy it again")
         if id(node) not in sizes:
             children = node.value if isinstance(node.value, list) else []
             pairs = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]

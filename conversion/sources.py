@@ -86,7 +86,7 @@ def open_source(
         label: what the model card calls the source; None is the folder's name.
 
     Raises:
-        ConversionError: it is no checkpoint, or a damaged or hostile one.
+        ConversionError: it is not a checkpoint, or a damaged or hostile one.
     """
     if not path.exists():
         raise ConversionError(f"{path} does not exist: pass a checkpoint folder or a Hub id like user/name")
@@ -99,13 +99,13 @@ def open_source(
     if "all_config.yaml" in entries or any(name.startswith("fsdp2_epoch_") for name in entries):
         return _TrainingCheckpoint.open(path, epoch, weights, tokenizer, label)
     if epoch is not None or weights != "ema":
-        raise ConversionError(f"{path} is no training checkpoint: --epoch and --weights do not apply to it")
+        raise ConversionError(f"{path} is not a training checkpoint: --epoch and --weights do not apply to it")
     if "config.json" in entries:
         return _ModelFolder.open(path, tokenizer, label)
     if not entries:
         raise ConversionError(f"{path} is empty: pass a checkpoint folder")
     raise ConversionError(
-        f"{path} is no checkpoint: it has neither all_config.yaml (training) nor config.json (Hugging Face)"
+        f"{path} is not a checkpoint: it has neither all_config.yaml (training) nor config.json (Hugging Face)"
     )
 
 
@@ -142,7 +142,7 @@ class _TrainingCheckpoint(Source):
 
         info = metadata.get("tokenizer_info") or {}
         if not isinstance(info, dict):
-            raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_info is no table")
+            raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_info is not a table")
         folder_of = find_tokenizer(tokenizer) if tokenizer else _tokenizer_within(path, info.get("tokenizer_path"))
         found = read_tokenizer(folder_of, dimensions.vocabulary)
         envelope = configs.training_envelope(info, found, str(path))
@@ -299,7 +299,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     try:
         with open(file, "rb", opener=_without_waiting) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise ConversionError(f"{file} is no plain file: put the file itself there")
+                raise ConversionError(f"{file} is not a regular file: copy the file itself there")
             length = int.from_bytes(opened.read(8), "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError(f"its header would have {length:,} bytes")
@@ -311,7 +311,7 @@ def read_header(file: Path) -> dict[str, tuple[TensorSpec, int]]:
     except PermissionError as error:
         raise ConversionError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
     except (OSError, SafetensorError, OverflowError, MemoryError, ValueError) as error:
-        raise ConversionError(f"{file} is damaged or no safetensors file ({error}): download it again") from None
+        raise ConversionError(f"{file} is damaged or not a safetensors file ({error}): download it again") from None
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":

@@ -76,7 +76,7 @@ def find_tokenizer(path: Path, required: bool = True) -> Path | None:
     """The folder that holds a tokenizer, given that folder or its `tokenizer.json`.
 
     Raises:
-        ConversionError: there is none, and one is required; or one of its files is no plain file.
+        ConversionError: there is none, and one is required; or one of its files is not a regular file.
     """
     folder = path.parent if path.name == "tokenizer.json" else path
     if folder.is_dir() and any(is_there(folder, name) for name in _VOCABULARIES):
@@ -105,7 +105,7 @@ def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
         token = settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if not isinstance(token, str | None):
-            raise ConversionError(f"{where}: {name} is {shown(settings[name])}, which is no token")
+            raise ConversionError(f"{where}: {name} is {shown(settings[name])}, which is not a token")
     for name in ("tokenizer_class", "default_condition", "prompt_end"):
         if not isinstance(settings.get(name), str | None):
             raise ConversionError(f"{where}: {name} is {shown(settings[name])}; it must be a string")
@@ -113,7 +113,7 @@ def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
         raise ConversionError(f"{where}: trained_on_tools is {shown(settings['trained_on_tools'])}, not true or false")
     conditions = settings.get("condition_tokens", {})
     if not isinstance(conditions, dict) or not all(isinstance(token, str) for token in conditions.values()):
-        raise ConversionError(f"{where}: condition_tokens is no table of tokens")
+        raise ConversionError(f"{where}: condition_tokens is not a table of tokens")
     ids = _ids(folder, names, settings, vocabulary)
     return Tokenizer(folder, names, settings, ids, _template(folder, names, settings))
 
@@ -133,7 +133,7 @@ def _ids(folder: Path, names: tuple[str, ...], settings: dict[str, Any], vocabul
             # A byte-level vocabulary is a table, one of pieces with scores a list.
             everything = list(pieces.values()) if isinstance(pieces, dict) else list(range(len(pieces)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"{folder / 'tokenizer.json'} is no tokenizer ({error!r}): pass another") from None
+        raise ConversionError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error!r}): pass another") from None
     for token, index in [*added.items(), *(("", index) for index in everything)]:
         if type(token) is not str or type(index) is not int or not 0 <= index < vocabulary:
             raise ConversionError(

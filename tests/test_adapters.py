@@ -291,7 +291,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     for change, message in (
         (lambda tensors: tensors.pop(name), "do not fit"),
         (lambda tensors: tensors.update({name: torch.ones(4)}), "shape"),
-        (lambda tensors: tensors.update({name.replace("attn", "a"): tensors.pop(name)}), "no LoRA matrix"),
+        (lambda tensors: tensors.update({name.replace("attn", "a"): tensors.pop(name)}), "not a LoRA matrix"),
     ):
         change_tensors(tmp_path / "adapter", change)
         with pytest.raises(ConversionError, match=message):

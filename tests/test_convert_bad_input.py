@@ -238,11 +238,11 @@ def test_an_index_that_misplaces_a_tensor(tmp_path):
         (lambda folder: None, "does not exist: pass a checkpoint folder or a Hub id"),
         (lambda folder: folder.mkdir(), "is empty"),
         (lambda folder: folder.write_text("x"), "is a file"),
-        (lambda folder: (folder.mkdir(), (folder / "x.txt").touch()), "is no checkpoint"),
+        (lambda folder: (folder.mkdir(), (folder / "x.txt").touch()), "is not a checkpoint"),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "has no model.safetensors"),
-        (lambda folder: (folder / "all_config.yaml").mkdir(parents=True), "all_config.yaml is no plain file"),
-        (lambda folder: (save_published(folder), (folder / "config.json").write_text("{")), "no valid JSON"),
-        (lambda folder: (save_published(folder), (folder / "config.json").write_text("3")), "no JSON object"),
+        (lambda folder: (folder / "all_config.yaml").mkdir(parents=True), "all_config.yaml is not a regular file"),
+        (lambda folder: (save_published(folder), (folder / "config.json").write_text("{")), "not valid JSON"),
+        (lambda folder: (save_published(folder), (folder / "config.json").write_text("3")), "not a JSON object"),
     ],
 )
 def test_folders_that_are_no_checkpoint(tmp_path, prepare, match):
@@ -253,7 +253,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, prepare, match):
 def test_a_pipe_does_not_hang(tmp_path, training, epoch):
     (epoch / ".metadata").unlink()
     os.mkfifo(epoch / ".metadata")
-    assert_refused(training, "no plain file")
+    assert_refused(training, "not a regular file")
     source = save_published(tmp_path / "source")
     (source / "model.safetensors").unlink()
     os.mkfifo(source / "model.safetensors")

@@ -149,7 +149,7 @@ def test_the_index_cannot_point_outside(training, file):
     for info in metadata.storage_data.values():
         info.relative_path = file
     rewrite(training, metadata)
-    assert_refused(training, "no plain file name")
+    assert_refused(training, "not a plain file name")
 
 
 def test_a_link_out_of_the_checkpoint(training, tmp_path):
@@ -236,7 +236,7 @@ def test_a_yaml_tag(training, witness, name):
         file.write(
             f"\nextra: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{witness}']]\n"
         )
-    assert_refused(training, f"{name} is no plain YAML")
+    assert_refused(training, f"{name} is not plain YAML")
     assert not witness.exists()
 
 
@@ -270,7 +270,7 @@ def test_a_shard_index_cannot_point_outside(model, file):
     index = json.loads((model / "model.safetensors.index.json").read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], file)
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(model, "no plain file name")
+    assert_refused(model, "not a plain file name")
 
 
 def test_a_shard_index_of_a_million_names(model):
@@ -343,7 +343,7 @@ def test_a_shard_index_that_is_none(model, content):
 def test_absurd_lengths_in_a_safetensors_header(tmp_path, header):
     source = save_published(tmp_path / "model")
     (source / "model.safetensors").write_bytes(header)
-    assert_refused(source, "damaged or no safetensors")
+    assert_refused(source, "damaged or not a safetensors")
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_absurd_tensors_in_a_safetensors_header(tmp_path, entry):
     source = save_published(tmp_path / "model")
     header = json.dumps({"lm_head.weight": entry}).encode()
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-    assert_refused(source, "damaged or no safetensors")
+    assert_refused(source, "damaged or not a safetensors")
 
 
 def test_pickled_weights_are_not_read(tmp_path, witness):

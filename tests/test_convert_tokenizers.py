@@ -30,6 +30,13 @@ LLAMA = (
     "{{ '<end_of_turn>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>assistant<end_of_role>\n\n' }}{% endif %}"
 )
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+WITH_SYSTEM = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}" + CHATML
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 CHAT = [
     {"role": "user", "content": "What is 12 + 7?"},
@@ -37,6 +44,7 @@ CHAT = [
     {"role": "user", "content": "Reverse the word stone."},
 ]
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<end_of_role>"]
+HEADERS = [*SPECIAL[:4], "<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>"]
 FAMILY = [f"<{index}>" for index in range(5)] + ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"]
 FAMILY += ["<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"]
 
@@ -151,6 +159,8 @@ def test_another_tokenizer_and_template_stay_and_their_turns_are_blocks(tmp_path
     ("template", "special", "config", "start"),
     [
         (LLAMA, SPECIAL, {}, "<start_of_turn> user"),
+        (LLAMA_3, HEADERS, {}, "<|start_header_id|> user"),
+        (WITH_SYSTEM, [*SPECIAL[:4], "<|im_start|>", "<|im_end|>"], {"eos_token_id": 5}, "<|im_start|> user"),
         (CHATML, [*SPECIAL[:4], "<|im_start|>", "<|im_end|>"], {"eos_token_id": 5}, "<|im_start|> user"),
         (CHATML, FAMILY, {"bos_token_id": 6, "eos_token_id": 7, "pad_token_id": 5}, "<|im_start|> user"),
         (CHATML, FAMILY, {"bos_token_id": 6, "eos_token_id": 11, "pad_token_id": 5}, "<|im_start|> user"),
@@ -166,6 +176,21 @@ def test_turns_of_other_templates(tmp_path, template, special, config, start):
     assert len(written["prefix_start_token_ids"]) >= 2
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == template and "auto_map" not in settings
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    system = [{"role": "system", "content": "Be short, user."}]
+    for chat in (CHAT, CHAT if template is WITH_SYSTEM else system + CHAT):
+        encoding = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        types = infer(model, encoding["input_ids"])
+        found = blocks(tokenizer, encoding["input_ids"][0], types[0])
+        assert [text.count(CHAT[at]["content"]) for text, at in zip(found, (0, 2), strict=True)] == [1, 1]
+        assert all(text.startswith(start.replace(" ", "")[:-3]) and "system" not in text for text in found)
+        arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        answer = model.generate(encoding["input_ids"], **arguments)
+        assert torch.equal(answer, model.generate(encoding["input_ids"], token_type_ids=types, **arguments))
 
 
 @pytest.mark.parametrize(("template", "why"), [(PLAIN, "does not tell turns apart"), (None, "has no chat template")])
@@ -274,5 +299,5 @@ def test_our_class_refuses_a_tokenizer_without_its_tokens(tmp_path):
     folder = train_tokenizer(tmp_path / "other")
     from .tiny import load_class
 
-    with pytest.raises(ValueError, match="no tokenizer of HRM-Text's prompts"):
+    with pytest.raises(ValueError, match="not an HRM-Text tokenizer"):
         load_class("tokenization_hrm_text.HrmTextTokenizer")(str(folder / "tokenizer.json"))

@@ -181,4 +181,4 @@ def test_a_model_that_knows_no_envelope_says_so_once(caplog):
     logging.warning_once.cache_clear()
     for _ in range(2):
         model.generate(torch.tensor([[30, 31]]), max_new_tokens=1)
-    assert caplog.text.count("Nothing says which tokens are the prompt") == 1
+    assert caplog.text.count("Nothing marks the prompt") == 1
