@@ -1,8 +1,8 @@
-"""Who may see whom: from a layout of the new tokens to what each attention backend needs, and the attention itself.
+"""Which tokens attend to which: turns a layout into what each attention backend needs, and computes the attention.
 
-`plan_attention` runs once a forward pass and `attend` once an attention call; no other place builds a mask.
+`plan_attention` runs once per forward pass and `attend` once per attention call; no other place builds a mask.
 
-Flash attention knows no masks, only full and lower-right causal attention of a run of queries over a run of keys. So a
+Flash attention takes no mask, only full and lower-right causal attention of a run of queries over a run of keys. So a
 prefix block is one entry of a full variable-length call (its queries over everything from the start of its sequence to
 the end of the block), and a causal run one entry of a causal call (over everything up to its own end).
 """
@@ -34,8 +34,8 @@ class AttentionPlan:
 
     Attributes:
         backend: "eager", "sdpa", "flex_attention" or "flash".
-        mask: bool [batch or 1, 1, queries or 1, keys], True where the query sees the key; None where `is_causal` says
-            it all. A caller's own 4-D mask may hold floats, which are added to the scores.
+        mask: bool [batch or 1, 1, queries or 1, keys], True where the query sees the key; None where `is_causal` is
+            enough. A caller's own 4-D mask may hold floats, which are added to the scores.
         is_causal: with no mask, whether query i sees keys 0..i (True) or everything (False).
         block_queries: where set, that many leading queries see the cache and one another, and only the remaining ones
             use `mask`. This is prefix + response without a dense mask.
@@ -121,7 +121,7 @@ def choose_backend(config: Any, needs_weights: bool = False) -> str:
     """The backend that the config's attention implementation asks for.
 
     Raises:
-        ValueError: an implementation that cannot be served, or weights asked of one that has none.
+        ValueError: the implementation is not supported.
     """
     name = config._attn_implementation or "sdpa"
     if needs_weights and name != "eager":

@@ -172,7 +172,7 @@ class HrmTextCache(DynamicCache):
         config: the model's config, which says how many slots there are; None adds slots as they are written.
 
     When one slot needs room, all get it: storages that are made between the passing results of a long prompt's layers
-    would keep the heap of a CPU from using the room of those again.
+    would keep the heap of a CPU from reusing the memory of those.
 
     A slot's storage is never longer than its content by more than a quarter (from 128 to 1024 positions), 32 positions
     below, or 256 above. It is reallocated once in as many steps, so n steps copy each position O(log n) times at first
@@ -281,9 +281,9 @@ _MARK_WIDTH = 4
 class History:
     """The facts of every cached position, kept on a cache of any class; 35 bytes a token.
 
-    Nothing in it is a conclusion: what a call needs to know of the past is derived from these facts by the functions
-    of the layout room. Beyond the facts, each position has a mark, a few elements of its key in the last slot. Where
-    marks and keys differ, the cache was changed behind the history's back: rows are then found again by their marks.
+    It holds facts only: what a call needs to know of the past is derived from them by the functions of
+    `layout_hrm_text.py`. Each position also has a mark, a few elements of its key in the last slot. Where marks and
+    keys differ, the cache was changed without the history: rows are then found again by their marks.
 
     Attributes:
         length: number of cached positions; None after a compiled or captured step, which may not count in Python.

@@ -58,7 +58,7 @@ def plain_data(value: Any) -> Any:
 
 
 def _read_arguments(call: Any) -> None:
-    """Makes data of the arguments of a tool call, which clients give as a JSON string."""
+    """Parses the arguments of a tool call, which clients give as a JSON string."""
     function = call.get("function", call) if isinstance(call, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if isinstance(arguments, str):
@@ -71,7 +71,7 @@ def _read_arguments(call: Any) -> None:
 def map_strings(value: Any, function: Callable[[str], Any]) -> Any:
     """`value` with every string in its lists and dicts replaced by `function(string)`.
 
-    Keys that are no names of a template's own are replaced too: a tool's schema is written with its keys.
+    Keys that templates do not look up are replaced too: a tool's schema is written with its keys.
     """
     if isinstance(value, str):
         return function(value)

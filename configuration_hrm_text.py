@@ -1,4 +1,4 @@
-"""Configuration of HRM-Text: reads every dialect that exists in the world, writes the published one."""
+"""Configuration of HRM-Text: reads every published dialect, writes the current one."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ class HrmTextConfig(PreTrainedConfig):
             any time. Given without `num_layers_per_stack`, it counts the layers of one stack.
         num_attention_heads (`int`, defaults to 12): Attention heads; there are no grouped queries.
         head_dim (`int`, *optional*): Width of a head; None means `hidden_size // num_attention_heads`.
-        max_position_embeddings (`int`, defaults to 4096): Context length of the training.
+        max_position_embeddings (`int`, defaults to 4096): Context length in training.
         initializer_range (`float`, defaults to `1 / sqrt(hidden_size of the 1B)`):
             Standard deviation of the initial weights.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the weightless RMSNorm.
         rope_parameters (`dict`, *optional*): `{"rope_theta": 10000.0, "rope_type": "default"}`; a flat `rope_theta`
             and `rope_scaling` are read too.
-        H_cycles (`int`, defaults to 2): Slow cycles a forward pass.
-        L_cycles (`int`, defaults to 3): Fast steps a slow cycle.
+        H_cycles (`int`, defaults to 2): Slow cycles per forward pass.
+        L_cycles (`int`, defaults to 3): Fast steps per slow cycle.
         L_bp_cycles (`list[int]`, *optional*):
             For each H cycle, how many of its trailing L calls carry gradient; every H call carries gradient. A shorter
             list is padded on the left with ones. None means the end of the paper's warm-up, 5 gradient steps.
         bp_steps (`int`, *optional*):
             Number of trailing module calls that carry gradient, H calls first. Needed only where `L_bp_cycles` cannot
-            say it (`bp_steps - 1 < H_cycles`), and then it decides.
+            express it (`bp_steps - 1 < H_cycles`), and then it takes precedence.
         embedding_scale (`float`, *optional*): Factor on the embeddings; None means `1 / initializer_range`.
         prefix_lm (`bool`, defaults to `True`):
             Whether prefix blocks (`token_type_ids` of 1 and 2) are read in both directions.
@@ -88,8 +88,8 @@ class HrmTextConfig(PreTrainedConfig):
         attention_dropout (`float`, defaults to 0.0): Dropout on attention weights in training.
 
     Raises:
-        ValueError: a value that cannot be right, named together with the remedy. Checked at construction and again
-            when a model is built.
+        ValueError: a value is invalid; the message names it and the remedy. Checked at construction and again when a
+            model is built.
     """
 
     model_type = "hrm_text"
@@ -196,11 +196,11 @@ class HrmTextConfig(PreTrainedConfig):
 
     @property
     def architectures(self) -> list[str] | None:
-        """Class names for whoever picks a class by them; `to_dict` writes those of the model alone.
+        """Class names for tools that choose a class by them; `to_dict` writes only that of the model.
 
-        Ours bear the names of transformers' own classes. A tool that looks the first name up in transformers (TRL, the
-        server) would run the library's class, with other numbers and without a word, so an auto class, which runs
-        remote code where it is trusted, stands before it. Others (vLLM) take the first name that they know.
+        Our classes have the names of transformers' own. A tool that looks the first name up in transformers (TRL, the
+        server) would silently run the library's class, with other results. So an auto class, which runs remote code
+        where it is trusted, comes first. Other tools (vLLM) take the first name that they know.
         """
         stated = self._stated_architectures
         return stated and [*(_AUTO_CLASSES[name] for name in stated if name in _AUTO_CLASSES), *stated]
@@ -286,7 +286,7 @@ class HrmTextConfig(PreTrainedConfig):
     # Checks ------------------------------------------------------------------------------------------------------
 
     def validate_hrm_text(self) -> None:
-        """Raises a ValueError for a value that cannot be right. Runs at construction and when a model is built."""
+        """Raises a ValueError for an invalid value. Runs at construction and when a model is built."""
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_layers_per_stack"):
             _require(
                 _is_count(getattr(self, field)), f"`{field}` is {getattr(self, field)!r}: give a whole number >= 1."

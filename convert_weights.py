@@ -32,7 +32,7 @@ EPILOG = """examples:
   python convert_weights.py adapter-of-the-split-layout --output adapter
   python convert_weights.py my-fine-tune --output ready --push-to-hub me/my-model --private
 
-exit code: 0 done, 1 refused or failed (the output is then as it was), 2 wrong usage, 130 interrupted,
+exit code: 0 done, 1 refused or failed (the output is then unchanged), 2 wrong usage, 130 interrupted,
 143 ended
 """
 
@@ -70,20 +70,19 @@ def convert(
             Hub id (`user/name`, `user/name@revision`).
         output: the folder to write; may be left out with `dry_run`.
         epoch: which epoch of a training checkpoint; None is the latest.
-        weights: `ema` (the averages, which are the ones published) or `raw`, of a training checkpoint.
+        weights: of a training checkpoint, `ema` (the averages, which are the published ones) or `raw`.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the source's.
         tokenizer: a tokenizer folder or `tokenizer.json`, in place of the one beside the weights.
         layout: `fused`, the published one, or `split`, the one of transformers' own class.
         max_shard_size: largest weight file, in bytes or like "500MB".
-        force: replace an output that an earlier conversion wrote. Until the new one is whole and verified, the old one
-            stays.
+        force: replace the output of an earlier conversion. It stays until the new one is complete and verified.
         dry_run: write nothing.
         verification: reload the result in a new process, and compare its tensors and logits with the source's.
         progress: show a progress bar.
 
     Raises:
         ConversionError: something is wrong with an argument, the source, the disk or the result. The message is one
-            line that names it and the remedy; `output` is then as it was before.
+            line that names it and the remedy, and `output` is unchanged.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"--dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
@@ -162,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("convert_weights.py: interrupted; the output is as it was", file=sys.stderr)
+        print("convert_weights.py: interrupted; the output is unchanged", file=sys.stderr)
         return 130
 
 
@@ -230,8 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        help="a training checkpoint, a Hugging Face folder of any dialect or layout, or a Hub id (user/name, "
-        "user/name@revision), or a folder with a LoRA adapter",
+        help="a training checkpoint, a Hugging Face folder of any dialect or layout, a folder with a LoRA adapter, or "
+        "a Hub id (user/name, user/name@revision)",
     )
     parser.add_argument("--output", type=Path, help="the folder to write")
     parser.add_argument("--epoch", type=int, help="epoch of a training checkpoint (default: the latest)")
@@ -247,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fused: the published layout, with this project's code; split: the layout of transformers' own class",
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, like 500MB (default: 5GB)")
-    parser.add_argument("--force", action="store_true", help="replace an output that an earlier conversion wrote")
+    parser.add_argument("--force", action="store_true", help="replace the output of an earlier conversion")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not reload the result and compare it"
@@ -255,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--push-to-hub",
         metavar="USER/NAME",
-        help="upload the result to this repository; weight files that an earlier such upload listed in its card and "
-        "this one does not have are deleted there, and nothing else",
+        help="upload the result to this repository; of the files there, only weight files that an earlier upload "
+        "listed in its card and this one does not have are deleted",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private if it is made now")
     parser.add_argument("--revision", help="branch to upload to (default: the main one)")

@@ -1,10 +1,9 @@
 """The entrance of `generate`, and its hooks.
 
-`generate` of transformers treats `token_type_ids` as something that grows with the text: it copies the last type onto
-every new token, hands the grown types to assistants, and cuts a long prompt wherever a chunk ends. A prefix block
-stands none of that. So the layout of the prompt is taken out at the entrance, once, and travels through `generate` as
-`prompt_layout`, which assistants inherit. Every forward call gets what belongs to its tokens under a name of its own;
-generated tokens are never prefix.
+`generate` of transformers extends `token_type_ids` with the text: it copies the last type onto every new token, passes
+the extended types to assistants, and cuts a long prompt wherever a chunk ends. Each of these breaks prefix blocks. So
+the layout of the prompt is taken out once, at the entrance, and passes through `generate` as `prompt_layout`, which
+assistants inherit. Every forward call gets the part that belongs to its tokens; generated tokens are never prefix.
 """
 
 from __future__ import annotations
@@ -45,32 +44,32 @@ logger = logging.get_logger(__name__)
 
 
 class HrmTextGenerationMixin(VersionedGenerationMixin):
-    """GenerationMixin for PrefixLM: the same tokens in every mode, and a refusal where that cannot be."""
+    """GenerationMixin for PrefixLM: the same tokens in every mode, or an error where a mode cannot give them."""
 
     # ---- the entrance ------------------------------------------------------------------------------------------
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generates as transformers' `generate` does, with the prefix blocks of the prompt kept.
+        """Generates as transformers' `generate` does, and keeps the prefix blocks of the prompt.
 
         Args:
-            inputs: token ids [batch, prompt]; `input_ids=` or `inputs_embeds=` serve as well.
+            inputs: token ids [batch, prompt]; `input_ids=` and `inputs_embeds=` work too.
             token_type_ids: int [batch, prompt], 1 inside prefix blocks, 2 where one opens directly behind another.
                 None means that the blocks are inferred where `config.prefix_end_token_id` is set.
             past_key_values: a cache that holds the beginning of the conversation; `cache` is another name for it.
                 `input_ids` are then the whole conversation, if they begin with the cached ids, and else only what
                 follows. Ids that resemble the cached ones without beginning with them are refused, unless an
                 `attention_mask` that covers cache and input says that they follow. `token_type_ids` may cover the
-                conversation or only what is new. A cache that was cropped inside a block which goes on otherwise now
-                is cropped to where the block begins.
+                conversation or only what is new. If a cache was cropped inside a block and the block now continues
+                differently, it is cropped again, to where the block begins.
             args, kwargs: everything else that transformers' `generate` takes.
 
         Returns:
             What transformers' `generate` returns.
 
         Raises:
-            ValueError: `token_type_ids` or `attention_mask` of another shape than the tokens, a cache that holds the
-                whole input already, other tokens than the input begins with, or too few positions, a mode that cannot
-                be served (the message says what to use instead).
+            ValueError: `token_type_ids` or `attention_mask` do not have the shape of the tokens; the cache already
+                holds the whole input, holds other tokens than the input begins with, or has too few positions; or the
+                mode is not supported (the message says what to use instead).
         """
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
@@ -399,7 +398,7 @@ def _holds_whole_conversation(
     """Whether the tokens of this shape include those of the cache, rather than only what follows them.
 
     Raises:
-        ValueError: it cannot be told, or the tokens go on from other ones than the cache holds.
+        ValueError: the tokens do not show it, or they continue other tokens than the cache holds.
     """
     given, past = shape[1], int(cached_length(cache))
     if mask is not None and mask.ndim != 2:

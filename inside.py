@@ -24,9 +24,9 @@ class Inside:
     Attributes:
         answer: [tokens], ids of the answer.
         readings: [H_cycles, tokens], the id that the output head ranks first after each H cycle.
-        probabilities: [H_cycles, tokens], what the head then gives to the token that the answer has.
+        probabilities: [H_cycles, tokens], the probability that the head then gives to the answer's token.
         calls: [module calls], their names in order: "L 1.1" is the first L call of the first H cycle.
-        moves: [module calls, tokens], how far the call moves the state that it updates, over that state's norm.
+        moves: [module calls, tokens], norm of the change of the state that the call updates, over that state's norm.
     """
 
     answer: torch.Tensor

@@ -1,7 +1,7 @@
 """What tokens are: sequences, prefix blocks, envelopes, and where a prompt may be cut; rules over whole rows.
 
-The words are these. A *sequence* ends where the position of a real token is not above that of the real token before
-it. A *prefix block* is a maximal run of real tokens with type 1 or 2 within one sequence; type 2 opens a new block
+Definitions. A *sequence* ends where the position of a real token is not above that of the real token before it. A
+*prefix block* is a maximal run of real tokens with type 1 or 2 within one sequence; type 2 opens a new block
 even directly behind another one. Inside a block attention is bidirectional, everything else is causal. An *envelope*
 is a span of ids that opens and closes a prompt; where no types are given, each closed envelope is a block.
 
@@ -45,7 +45,7 @@ class TokenLayout:
 
 @dataclass
 class StepLayout:
-    """Says of a call of `generate` that its tokens were generated: real, causal, of the sequence that is cached.
+    """Tells a forward pass that `generate` made its tokens: real, causal, of the cached sequence.
 
     Attributes:
         padded: whether the prompt holds padding.
@@ -192,7 +192,7 @@ def infer_token_types(
 
     Args:
         ids: [batch, tokens]; -1 is no id.
-        prefix_start, prefix_end: the ids that open and close a span, each in order. The config sees to it that they
+        prefix_start, prefix_end: the ids that open and close a span, each in order. The config ensures that they
             cannot overlap.
         real: [batch, tokens], False at padding; None where every token is real.
         sequence: as of `find_sequences`; a span never crosses a border.
@@ -283,7 +283,7 @@ def choose_cuts(
         mask: [batch, total], 0 at padding, or None. Padding does not end a block.
         start: first position that is to be computed.
         total: end of the prompt.
-        chunk_size: the wished number of tokens between two cuts, at least 1.
+        chunk_size: target number of tokens between two cuts, at least 1.
 
     Returns:
         Positions in rising order, each the first of a new chunk, all in start + 1 ... total - 1.

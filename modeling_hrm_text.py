@@ -9,14 +9,14 @@
     logits = lm_head(z_H)
 
 What is unusual:
-- RMSNorm has no weight, and each stack ends in one more norm, which bounds the state that goes round the loop;
+- RMSNorm has no weight, and each stack ends in one more norm, which bounds the state inside the loop;
 - the attention output is gated by a sigmoid, element by element, before `o_proj`; gate, q, k and v are one matrix;
 - prefix blocks (prompts) are read in both directions, everything else causally, see `attention_hrm_text.py`;
 - every attention call has a cache slot of its own: L calls (h, l) and H calls (h) of every layer;
 - training backpropagates through the last few module calls only, see `set_gradient_steps`.
 
-Source of the architecture: the HRM-Text paper and its training code. The formulas stand here in plain torch; where
-`kernels_hrm_text.py` has a faster form that rounds alike, it is asked first.
+Source of the architecture: the HRM-Text paper and its training code. The formulas are here in plain torch; where
+`kernels_hrm_text.py` has a faster form with the same rounding, that is tried first.
 """
 
 from __future__ import annotations
@@ -354,9 +354,9 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
         super()._set_gradient_checkpointing(enable, partial(_with_gradient, gradient_checkpointing_func), **kwargs)
 
     def set_gradient_steps(self, bp_steps: int | None) -> None:
-        """Sets through how many trailing module calls training backpropagates, H calls first.
+        """Sets how many trailing module calls training backpropagates through, H calls first.
 
-        Values do not change, only gradients; a trainer may call this at every step.
+        This changes gradients only, not outputs; a trainer may call it at every step.
 
         Args:
             bp_steps: from 2 (the last H and the last L call) to H_cycles * (L_cycles + 1); None goes back to what the
@@ -496,7 +496,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         )
 
     def _prepare(self, call: Call, handed: Any, wants_weights: bool) -> tuple[TokenLayout, AttentionPlan]:
-        """What the tokens are, and who sees whom.
+        """What the tokens are, and which of them attend to which.
 
         Args:
             handed: what `generate` knows of the tokens: the types of a prompt, or that it generated them.
@@ -689,7 +689,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
     ) -> CausalLMOutput:
         """
         Args:
-            labels: [batch, tokens], -100 where nothing is asked; token i is compared with the logits of token i - 1,
+            labels: [batch, tokens], -100 at tokens without a loss; label i is compared with the logits of token i - 1,
                 in float32. `num_items_in_batch` divides the sum in place of the number of labels.
             logits_to_keep: how many trailing positions to compute logits for, 0 for all; or a tensor of indices.
 

@@ -1,4 +1,4 @@
-"""From the arguments of a call and the history of its cache to a layout, and every refusal that follows from them."""
+"""Reads the arguments of a call and the history of its cache: gives the layout, and raises every refusal."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ SPLIT_ENVELOPE = (
 FOREIGN_CACHE = (
     "the cache does not hold what this model wrote to it, or the model cannot tell: its rows or positions were "
     "replaced, another model wrote to it, or its keys are quantized and its rows differ. Start with a new cache, "
-    "leave `past_key_values` unset where rows differ, or change a cache only through its methods (`crop`, `reorder_cache`, "
-    "`batch_select_indices`, `batch_repeat_interleave`, `reset`)."
+    "leave `past_key_values` unset where rows differ, or change a cache only through its methods (`crop`, "
+    "`reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`, `reset`)."
 )
 
 UNEVEN_CACHE = (
@@ -87,8 +87,8 @@ UNEVEN_CACHE = (
 def read_layout(config: Any, call: Call) -> TokenLayout:
     """Reads what the new tokens of a call are, refuses what cannot be right, and notes their facts in the cache.
 
-    Where values can be read this takes one read from the device. Where they cannot (compiling, exporting, capturing),
-    what would be refused stops the graph instead.
+    This takes one read from the device. Where values cannot be read (compiling, exporting, capturing), what would be
+    refused stops the graph instead.
 
     Raises:
         ValueError: shapes or types that do not fit, a block or an envelope that would be split over two calls, a
@@ -231,10 +231,10 @@ def _check_shapes(call: Call) -> None:
 
 
 def follow_changes(cache: Any, rows: int) -> None:
-    """Brings the history in line with a cache that was changed by others than its own methods; reads the device.
+    """Updates the history after a cache was changed from outside its own methods; reads the device.
 
     Raises:
-        ValueError: it cannot be told what the cache holds now.
+        ValueError: the content of the cache cannot be recognised.
     """
     history, length = History.of(cache), int(cached_length(cache))
     if history is None:
@@ -625,7 +625,7 @@ def _read_at_once(asked: dict[str, Any]) -> dict[str, int]:
 
 
 def infers_blocks(config: Any) -> bool:
-    """Whether the config says how blocks are found where no types are given."""
+    """Whether blocks are inferred when no `token_type_ids` are given."""
     return config.prefix_lm and bool(config.prefix_end)
 
 

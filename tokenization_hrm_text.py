@@ -3,12 +3,11 @@
 A prompt is `<|im_start|>` + condition tokens + text + `<|im_end|>`; the response follows and ends with `<|box_end|>`.
 What this adds to a fast tokenizer over the same `tokenizer.json`:
 
-- `token_type_ids` mark the prompts (1), which the model reads in both directions, by the rule that the model follows
-  when nobody passes it any;
+- `token_type_ids` mark the prompts (1), which the model reads in both directions, by the same rule by which the model
+  infers them;
 - `build_prompt` and `encode_prompt` write the envelope;
-- `apply_chat_template(tokenize=True)` reads special tokens in the template's own text alone, never in a message;
-- what a checkpoint does otherwise (other tokens of the envelope, other conditions, training on tools) is read from its
-  `tokenizer_config.json`.
+- `apply_chat_template(tokenize=True)` reads special tokens only in the template's own text, never in a message;
+- other tokens of the envelope, other conditions and training on tools are read from `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 def prefix_token_types(input_ids: Sequence[int], start_id: int | None, end_id: int | None) -> list[int]:
-    """Marks the prefix blocks of one row: each span from a `start_id` up to and including the next `end_id`.
+    """Marks the prefix blocks of a row: each span from a `start_id` up to and including the next `end_id`.
 
     Args:
         input_ids: ids of the row, -1 at padding.
@@ -85,18 +84,18 @@ def prefix_token_types(input_ids: Sequence[int], start_id: int | None, end_id: i
 
 
 class HrmTextTokenizer(PreTrainedTokenizerFast):
-    """Fast tokenizer with prompts, conditions, `token_type_ids` and chats that a message cannot break out of.
+    """Fast tokenizer with prompts, conditions, `token_type_ids`, and chats in which a message stays a message.
 
     Args:
-        tokenizer_file: path of a `tokenizer.json`; all of the tokenization is in it.
+        tokenizer_file: path of a `tokenizer.json`, which defines the tokenization.
         default_condition: condition tags of a prompt or chat that names none: comma-separated, or a list.
-        condition_tokens: the token of each condition tag; None is those of HRM-Text-1B.
+        condition_tokens: the token of each condition tag; None means those of HRM-Text-1B.
         prompt_end: the token that closes a prompt; `bos_token` opens it.
-        trained_on_tools: whether the model was trained to call tools. Only then are `tools=` and tool messages taken,
-            and `<tool_call>` in an answer is the token.
+        trained_on_tools: whether the model was trained to call tools. Only then does the tokenizer accept `tools=` and
+            tool messages, and reads `<tool_call>` in an answer as the token.
         kwargs: as for `PreTrainedTokenizerFast`.
 
-    All of these are kept in `tokenizer_config.json`.
+    `tokenizer_config.json` holds all of these.
 
     Raises:
         ValueError: `default_condition` names an unknown tag, or `tokenizer.json` has no token that closes a prompt.
@@ -285,8 +284,8 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
 
         Args:
             text: the user's text, without special tokens.
-            condition: any of `condition_tokens` (direct, cot, noisy, synth) in the order of the training, which is
-                `synth,cot`: comma-separated, or a list. None is `default_condition`, an empty one writes no token.
+            condition: tags of `condition_tokens` (direct, cot, noisy, synth), comma-separated or a list, in the order
+                used in training: `synth,cot`. None means `default_condition`; an empty one writes no token.
 
         Returns:
             The prompt. Encode it with `tokenizer(prompt)`, whose `token_type_ids` mark it as one block.
@@ -381,19 +380,19 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `PreTrainedTokenizerFast.apply_chat_template`, with two arguments more.
+        """As `PreTrainedTokenizerFast.apply_chat_template`, with two more arguments.
 
         Args:
             tools: functions that the model may call, as JSON schemas or Python functions; for a checkpoint that was
-                trained on them.
-            condition: condition tags of every prompt, as in `build_prompt`; None is `default_condition`.
+                trained on tools.
+            condition: condition tags of every prompt, as in `build_prompt`; None means `default_condition`.
             sanitize_control_tokens: with `tokenize=True`, special tokens in messages, tools, documents and template
                 arguments are encoded as plain text, so that a message cannot close its envelope. A string
-                (`tokenize=False`) cannot keep the two apart: do not encode one that holds text of strangers. In an
-                answer, `<tool_call>` and `</tool_call>` are the tokens where the model was trained on tools.
-            continue_final_message: the last message is left open, to be gone on with. An open prompt is no prefix
+                (`tokenize=False`) cannot keep the two apart: do not encode one that holds untrusted text. In an
+                answer, `<tool_call>` and `</tool_call>` are tokens if the model was trained on tools.
+            continue_final_message: leaves the last message open, to be continued. An open prompt is not a prefix
                 block: the model reads it causally.
-            return_dict: None is the default of the installed transformers.
+            return_dict: None means the default of the installed transformers.
             kwargs: further arguments of the template.
 
         Raises:
@@ -457,7 +456,7 @@ class HrmTextTokenizer(PreTrainedTokenizerFast):
     def _render(
         self, chats: list[list[dict[str, Any]]], arguments: dict[str, Any], with_spans: bool
     ) -> tuple[list[list[tuple[str, bool]]] | None, list[list[tuple[int, int]]]]:
-        """Renders chats so that text from outside can be told from the template's own.
+        """Renders chats so that text from outside can be distinguished from the template's own.
 
         Every character from outside that could begin a special token gets a marker in front of it before the template
         is rendered: what then still matches was written by the template, however it joined its strings.

@@ -202,7 +202,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
 def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A temporary folder beside `output`, and the function that puts it in `output`'s place in one step.
 
-    Without that call, or when it fails, the folder is removed and `output` is as it was. What a killed run left behind
+    Without that call, or if it fails, the folder is removed and `output` is unchanged. What a killed run left behind
     is removed by the next run for the same output: a live run holds a lock on its folder.
 
     Args:
@@ -241,7 +241,7 @@ def staged(output: Path, needed: int) -> Iterator[tuple[Path, Callable[[], None]
         file = f": {path.name}" if path.parent == folder else ""
         raise ConversionError(
             f"--output {output}{file} could not be written ({reason}): make room or choose another disk; "
-            "the output is as it was"
+            "the output is unchanged"
         ) from None
     finally:
         # After the swap this name holds the old output, or nothing.
