@@ -205,7 +205,7 @@ def plan_attention(
         return AttentionPlan(backend, flash=flash, key_length=key_length)
     if backend == "flex_attention":
         # A single query has no blocks to skip, and every length of the cache would be compiled anew; and flex has no
-        # backward pass on processors.
+        # backward pass on CPUs.
         if count > 1 and not (device.type == "cpu" and torch.is_grad_enabled()):
             return AttentionPlan(backend, block_mask=_flex_mask(layout, rows, keys), key_length=key_length)
         backend = "sdpa"
@@ -446,7 +446,7 @@ def _flex(
             "flex attention has no dropout: use 'sdpa' or 'eager', or set `config.attention_dropout=0.0`."
         )
     if query.device.type == "cpu":
-        # Uncompiled: inductor's kernel for processors fails on the second length, and compiles for seconds.
+        # Uncompiled: inductor's CPU kernel fails on the second length, and compiles for seconds.
         from torch.nn.attention.flex_attention import flex_attention
 
         return flex_attention(query, key, value, block_mask=plan.block_mask, scale=scaling)

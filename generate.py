@@ -59,7 +59,7 @@ def answer(options: argparse.Namespace) -> str:
     Raises:
         OSError: there is no model at `options.model`.
         ValueError: an unknown condition, or a model that does not load.
-        ImportError: `inside` is asked for and matplotlib is missing.
+        ImportError: `inside` is set and matplotlib is missing.
         RuntimeError: the device does not exist or is out of memory.
     """
     # Imported late, so that --help and wrong arguments answer at once.

@@ -1,8 +1,8 @@
-"""LoRA adapters between the projections that this project fuses and those that transformers' own class keeps apart.
+"""Converts LoRA adapters between this project's fused projections and the split ones of transformers' own class.
 
-A fused projection holds its parts as blocks of rows. Adapters of the parts become one of it that is exactly their sum:
-the A matrices below one another, the B matrices as blocks on a diagonal, so that the ranks add up. The other way each
-part takes the A matrix of the whole and its rows of B, at the same rank.
+A fused projection holds its parts as blocks of rows. Adapters of the parts become one adapter of the whole that equals
+their sum exactly: the A matrices are stacked, the B matrices become blocks on a diagonal, and the ranks add up. In the
+other direction each part takes the A matrix of the whole and its own rows of B, at the same rank.
 """
 
 import json
@@ -59,7 +59,7 @@ class AdapterConversion:
     rounded: bool
 
     def lines(self) -> list[str]:
-        """The report, a line an item."""
+        """The report, one line per item."""
         exactly = "within rounding: the parts have different scales" if self.rounded else "exactly"
         return [
             f"adapter    {self.projections} projections, {self.layout} layout, rank up to {self.largest_rank}",
@@ -81,7 +81,7 @@ def convert_adapter(path: Path, output: Path, layout: str) -> AdapterConversion:
         layout: `fused`, for this project's models, or `split`, for those of transformers' own class.
 
     Raises:
-        ConversionError: it is no plain LoRA adapter of an HRM-Text, or is in that layout already.
+        ConversionError: it is not a plain LoRA adapter of an HRM-Text, or is in that layout already.
     """
     config = read_json(path, CONFIG)
     _check_config(config, path / CONFIG)

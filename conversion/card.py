@@ -1,4 +1,4 @@
-"""The model card of a converted folder: how to use it, where it came from, and what its files must hash to."""
+"""The model card of a converted folder: how to use it, where it came from, and the SHA-256 of its files."""
 
 import re
 from typing import Any
@@ -70,5 +70,5 @@ SHA-256 of the files beside this one:
 
 
 def _cell(text: str) -> str:
-    """Text that a checkpoint or its folder chose, made harmless in Markdown."""
+    """Text from a checkpoint or its folder name, escaped for Markdown."""
     return re.sub(r"[^\w .,:;@/()+=-]", "_", text)[:300]

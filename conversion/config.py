@@ -1,4 +1,4 @@
-"""From what a checkpoint says of itself to one `config.json`, in the published dialect."""
+"""Builds one `config.json`, in the published dialect, from what a checkpoint says about itself."""
 
 import math
 from typing import Any
@@ -65,7 +65,7 @@ _ARCHITECTURE_DEFAULTS = {
 def gradient_steps(bp_steps: int, H_cycles: int, L_cycles: int) -> dict[str, Any]:
     """The config fields for training that backpropagated through the last `bp_steps` module calls.
 
-    `L_bp_cycles` counts the L calls with gradient in each H cycle and takes for granted that every H call carries
+    `L_bp_cycles` counts the L calls with gradient in each H cycle and assumes that every H call carries
     gradient. Where that was not so, `bp_steps` is written as well.
     """
     bp_steps = min(bp_steps, H_cycles * (L_cycles + 1))
@@ -271,7 +271,7 @@ def training_envelope(info: dict[str, Any], tokenizer: Tokenizer | None, origin:
     """The tokens of a prompt as the metadata of a training run names them.
 
     Raises:
-        ConversionError: a name is no string, or the tokenizer does not have the token of a condition.
+        ConversionError: a name is not a string, or the tokenizer does not have the token of a condition.
     """
     where = f"{origin}/train_metadata.yaml"
     mapping = info.get("condition_mapping", CONDITIONS)
@@ -352,13 +352,13 @@ def _initializer_range(arch: dict[str, Any], where: str) -> float:
 
 
 def _cycles(fields: dict[str, Any], where: str) -> tuple[int, int]:
-    """H_cycles and L_cycles; a number that no model has would make the check of the result run for hours."""
+    """H_cycles and L_cycles, bounded: with absurd ones the check of the result would run for hours."""
     H_cycles, L_cycles = (_integer(fields, name, where, maximum=_MOST_CYCLES) for name in ("H_cycles", "L_cycles"))
     return H_cycles, L_cycles
 
 
 def _check_types(config: dict[str, Any], where: str) -> None:
-    """Refuses fields of a published config that are of another type than the model's config takes."""
+    """Refuses fields of a published config whose type the model's config does not accept."""
 
     def require(right: bool, field: str, wanted: str) -> None:
         if not right:

@@ -2,9 +2,9 @@
 
 Such a folder holds `.metadata`, a pickled index, and `__RANK_N.distcp` files, in which every tensor (or the piece of
 it that one rank held) is a `torch.save` archive at an offset that the index gives. The stock reader unpickles the
-index without restriction. This one admits only the names that the format needs and answers each with an inert
-stand-in of its own, checks every number against the files, and reads tensors with `weights_only=True`, one byte range
-at a time, so that the optimizer state of a large checkpoint is never touched.
+index without restriction. This one accepts only the names that the format needs and replaces each with an inert
+stand-in, checks every number against the files, and reads tensors with `weights_only=True`, one byte range at a time,
+so that the optimizer state of a large checkpoint is never read.
 """
 
 import io
@@ -234,7 +234,7 @@ def read_tensor(folder: Path, name: str, tensor: IndexedTensor) -> torch.Tensor:
     """The whole tensor, put together from the pieces of all ranks.
 
     Raises:
-        ConversionError: a piece is damaged, is no plain tensor, or has another shape or dtype than the index says.
+        ConversionError: a piece is damaged, is not a plain tensor, or has another shape or dtype than the index says.
     """
     whole = None
     for piece in tensor.pieces:

@@ -2,7 +2,7 @@
 
 
 class ConversionError(Exception):
-    """A conversion that cannot go on. The message is one line that names the file or argument and the remedy."""
+    """The conversion cannot continue. The message is one line that names the file or argument and the remedy."""
 
     def __init__(self, message: str):
         # Names in a hostile file may hold line breaks and control characters of terminals.

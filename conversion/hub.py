@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: a checkpoint from it, a converted folder to it."""
+"""The Hugging Face Hub: downloads a checkpoint, uploads a converted folder."""
 
 import re
 from dataclasses import dataclass
@@ -51,15 +51,15 @@ class Published:
 
 
 def publish(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> Published:
-    """Uploads a converted folder in one commit, making the repository and the branch where they are missing.
+    """Uploads a converted folder in one commit, and creates the repository and the branch if they are missing.
 
     Weight files that the card of an earlier push lists, and that this folder does not have, are deleted in the same
-    commit, since they would be loaded beside or in place of these. Nothing else of the repository is.
+    commit, since they would be loaded beside or in place of these. Nothing else in the repository is deleted.
 
     Args:
         folder: the converted folder.
         repo_id: `user/name`.
-        private: whether a repository that is made here is private.
+        private: whether a repository that is created here is private.
         revision: the branch; None is the main one.
 
     Raises:

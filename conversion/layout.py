@@ -79,7 +79,7 @@ def group_names(names: Iterable[str], origin: str) -> dict[str, tuple[str, ...]]
         origin: the file or folder, for messages.
 
     Raises:
-        ConversionError: a name belongs to no HRM-Text, or parts of a projection are missing or stored twice.
+        ConversionError: a name does not belong to an HRM-Text, or parts of a projection are missing or stored twice.
     """
     stored = set(names)
     groups: dict[str, tuple[str, ...]] = {}
@@ -108,7 +108,7 @@ def measure(specs: dict[str, TensorSpec], origin: str) -> Dimensions:
         origin: the file or folder, for messages.
 
     Raises:
-        ConversionError: a tensor is missing, left over, of another shape or of no floating dtype.
+        ConversionError: a tensor is missing or left over, or has another shape or a dtype that is not floating.
     """
 
     def shape(name: str, length: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a converted folder consists of: decided in full first, then written a tensor at a time."""
+"""Decides what a converted folder contains, and then writes it one tensor at a time."""
 
 import json
 import re
@@ -39,7 +39,7 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion writes, known before it writes anything.
+    """What a conversion will write.
 
     Attributes:
         source: the opened checkpoint.
@@ -150,7 +150,7 @@ def _modules(layout: str, with_tokenizer: bool) -> list[Path]:
 
 
 def write(plan: Plan, folder: Path, progress: bool = True) -> None:
-    """Writes everything that a plan holds into an empty folder, a tensor at a time.
+    """Writes all files of a plan into an empty folder, one tensor at a time.
 
     Raises:
         ConversionError: a source tensor is damaged, or holds NaN or infinite values.

@@ -1,4 +1,4 @@
-"""Names found in a checkpoint, turned into paths that stay inside it."""
+"""Turns names found in a checkpoint into paths that stay inside it."""
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 

@@ -1,6 +1,6 @@
-"""Finds how a chat template writes a user's turn, in a process of its own: a template can loop or fill the memory.
+"""Finds how a chat template writes a user's turn, in a separate process: a template can loop or fill the memory.
 
-`probe` starts this module as a program. The tokenizer is loaded as a user without trust in its code would.
+`probe` starts this module as a program. It loads the tokenizer without `trust_remote_code`.
 """
 
 import contextlib
@@ -104,8 +104,11 @@ def _common_start(rows: list[list[int]]) -> list[int]:
 def _envelope(
     tokenizer: Any, before: list[int], after: list[int], special: set[int], chat: list[int]
 ) -> tuple[list[int] | None, list[int] | None]:
-    """The opening from the last special token on that it takes, as long as it goes, and the first special token behind
-    the text, that together mark users' turns and no answer."""
+    """The opening and closing ids that together mark every user turn and no answer.
+
+    The opening begins at the last special token for which this holds, and is as long as possible; the closing is the
+    first special token behind the text.
+    """
     closing = [token for token in after if token in special][:1]
     if not closing or len(before) > _MOST_TOKENS:
         return None, None

@@ -1,4 +1,4 @@
-"""Small files of a checkpoint, read within bounds: plain files only, so many bytes, so deep, so many nodes."""
+"""Reads the small files of a checkpoint within bounds: regular files only, of limited size, depth and nodes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def is_there(folder: Path, name: str) -> bool:
     """Whether a file of this name is in the checkpoint.
 
     Raises:
-        ConversionError: it is there and no plain file, or a link out of the checkpoint.
+        ConversionError: it is not a regular file, or is a link out of the checkpoint.
     """
     path = inside(folder, name, folder)
     try:
@@ -55,7 +55,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_BYTES) -> bytes:
         limit: most bytes that such a file has.
 
     Raises:
-        ConversionError: it is missing, unreadable, too large, or no plain file; a pipe is never waited for.
+        ConversionError: it is missing, unreadable, too large, or not a regular file; a pipe is never waited for.
     """
     path = inside(folder, name, folder)
     try:
@@ -88,7 +88,7 @@ def read_text(folder: Path, name: str, limit: int = MAX_BYTES) -> str:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint, with the errors of `read_text` and for what is no object or nested too deeply."""
+    """A JSON object of a checkpoint; as `read_text`, and refuses what is not an object or is nested too deeply."""
     text = read_text(folder, name)
     try:
         value = json.loads(text)
@@ -104,9 +104,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_yaml(folder: Path, name: str) -> dict[str, Any]:
-    """A YAML table of a checkpoint, plain data only, with the errors of `read_text` and for what is not a table.
+    """A YAML mapping of a checkpoint, plain data only; as `read_text`, and refuses what is not a mapping.
 
-    A file that is small as written and large with its aliases written out is refused before that happens.
+    A small file that becomes large when its aliases are expanded is refused before that happens.
     """
     text = read_text(folder, name, MAX_YAML_BYTES)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of every form, opened by what is in them, behind one interface: a config, specs, and `read(name)`."""
+"""Opens checkpoints of every form behind one interface: a config, tensor specs, and `read(name)`."""
 
 import json
 import os
@@ -360,7 +360,7 @@ def _joined(name: str, members: tuple[str, ...], stored: dict[str, TensorSpec], 
 
 
 def _tokenizer_within(path: Path, named: Any) -> Path | None:
-    """The tokenizer inside a training checkpoint. The path in its metadata is one of the training machine."""
+    """The tokenizer inside a training checkpoint. Its metadata names a path on the training machine."""
     if not isinstance(named, str | None):
         raise ConversionError(f"{path / 'train_metadata.yaml'}: tokenizer_path is {shown(named)}; it must be a string")
     for folder in (path, path / Path(named).name if named else path):

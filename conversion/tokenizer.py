@@ -1,4 +1,4 @@
-"""Tokenizer files: found beside a checkpoint, read within bounds, and written so that they load.
+"""Finds the tokenizer files of a checkpoint, reads them within bounds, and writes them so that they load.
 
 A tokenizer with HRM-Text's prompt tokens becomes this project's class. Any other keeps its class, files and template.
 """
@@ -91,10 +91,10 @@ def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
 
     Args:
         folder: as of `find_tokenizer`.
-        vocabulary: tokens that the model knows.
+        vocabulary: number of tokens of the model.
 
     Raises:
-        ConversionError: it is no tokenizer, needs code of its own, or has ids that the model does not know.
+        ConversionError: it is not a tokenizer, needs code of its own, or has ids that the model does not have.
     """
     if folder is None:
         return None
@@ -170,7 +170,7 @@ def speaks(tokenizer: Tokenizer, envelope: Envelope, config: dict[str, Any]) -> 
 
 
 def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Name to content of the files of a tokenizer that stays what it is.
+    """Name to content of the files of a tokenizer that is kept as it is.
 
     Raises:
         ConversionError: it is made by code of its own, which is neither run nor copied.

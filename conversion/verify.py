@@ -40,7 +40,7 @@ class Verification:
     damage: str | None = None
 
     def lines(self) -> list[str]:
-        """The report, a line an item."""
+        """The report, one line per item."""
         return [
             f"loaded as  {self.loaded_as}",
             f"tensors    {self.tensors} equal to the source",
@@ -177,7 +177,7 @@ def _damage(source: Any, dtype: Any) -> str:
 
 
 def _give_memory_back() -> None:
-    """Frees what refers to itself, as models do, and has the allocator of Linux return what it keeps for later."""
+    """Frees cycles of references, which models have, and makes Linux's allocator return free memory to the system."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -191,8 +191,7 @@ def _library_class() -> Any:
 
 
 def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
-    """A model made from the config and the source's tensors in memory, which no file of the folder but its code has
-    part in."""
+    """A model built in memory from the config and the source's tensors; of the folder it uses only the code."""
     import torch
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -1,4 +1,4 @@
-"""Writes safetensors a tensor at a time, and puts a finished folder in its place in one step."""
+"""Writes safetensors one tensor at a time, and puts a finished folder in place in one step."""
 
 import ctypes
 import errno
@@ -113,7 +113,7 @@ class ShardWriter:
                 self._unsynced = 0
 
     def close(self) -> str:
-        """Brings the file to the disk and returns its SHA-256."""
+        """Flushes the file to the disk and returns its SHA-256."""
         if self._pending:
             raise ValueError(f"{next(iter(self._pending))} was not written")
         with naming(self._path):
@@ -168,7 +168,7 @@ def _flush(file) -> None:
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
-    """Refuses an output that would cost the user something.
+    """Refuses an output that would overwrite the user's data.
 
     Raises:
         ConversionError: it exists and `force` is off, it is or holds the source, or it holds what no conversion wrote.
@@ -287,7 +287,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Brings a folder's entries to the disk, where the system lets a folder be opened."""
+    """Flushes a folder's entries to the disk, where the system can open a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

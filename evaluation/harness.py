@@ -1,4 +1,4 @@
-"""lm-eval's model for `transformers`, which answers a prompt that is too long with nothing instead of cutting it."""
+"""lm-eval's model for `transformers`; it answers a prompt that is too long with nothing, and does not cut it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a generated answer to a score, by the rules of the authors' evaluation."""
+"""Scores generated answers by the rules of the authors' evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def boxed(text: str) -> str | None:
 
 
 def whole_number(text: str) -> int | None:
-    """The number that an answer of GSM8K is: what is boxed, or else the whole text. None where that is no number."""
+    """The number in an answer of GSM8K: the boxed text, else the whole text. None if that is not a number."""
     content = boxed(text) or text
     try:
         return int(float(content.replace(",", "").replace("$", "").strip()))
