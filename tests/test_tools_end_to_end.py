@@ -40,8 +40,9 @@ def test_the_rows_hold_no_sum_that_is_kept_for_judging():
 
 def questions(count):
     """Sums that are in no row."""
-    sums = ((a, b) for a in range(10, 100, 7) for b in range(10, 100, 11) if is_held_out(a, b, "+"))
-    return [conversation(a, b, "+") for (a, b), _ in zip(sums, range(count))]
+    sums = [(a, b) for a in range(10, 100, 7) for b in range(10, 100, 3) if is_held_out(a, b, "+")]
+    step = len(sums) // count
+    return [conversation(a, b, "+") for a, b in sums[::step][:count]]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,9 @@ def test_nano_calls_the_calculator_on_sums_it_has_not_seen(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert tokenizer.trained_on_tools
-    right = 0
-    for chat in questions(20):
+    right, chats = 0, questions(20)
+    assert len(chats) == 20
+    for chat in chats:
         for turn in (1, 3):
             encoding = tokenizer.apply_chat_template(
                 chat[:turn], tools=[CALCULATOR], add_generation_prompt=True, return_dict=True, return_tensors="pt"
