@@ -22,14 +22,16 @@ from .errors import ConversionError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8
+_OVERFLOW = (
+    "its weights are so large that the logits overflow: the file is damaged, or was saved from a run that diverged"
+)
 
 
 @dataclass(frozen=True)
 class Verification:
     """Findings of a reload. `differences` is empty where the folder is what the source was.
 
-    `damage` says what is wrong with the source itself: its weights give no finite logits, or its tokenizer does not
-    load.
+    `damage` says what is wrong with the source itself: its logits are not finite, or its tokenizer does not load.
     """
 
     loaded_as: str
@@ -121,7 +123,8 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     # tensor: no two copies of a large model are held.
     prompt = _fixed_prompt(config)
     wanted = _logits(_in_memory(request, source, dtype), prompt)
-    damage = None if wanted.isfinite().all() else _damage(source, dtype)
+    # NaN in a tensor has been refused before it was written.
+    damage = None if wanted.isfinite().all() else _OVERFLOW
     _give_memory_back()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
@@ -165,15 +168,6 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         "differences": differences + faults,
         "damage": damage,
     }
-
-
-def _damage(source: Any, dtype: Any) -> str:
-    """Why the source's own weights give logits that are not finite."""
-    broken = next((name for name in source.specs if not source.read(name).to(dtype).isfinite().all()), None)
-    reason = (
-        f"{broken} holds NaN or infinite values" if broken else "its weights are so large that the logits overflow"
-    )
-    return f"{reason}: the file is damaged, or was saved from a run that diverged"
 
 
 def _give_memory_back() -> None:

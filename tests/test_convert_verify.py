@@ -96,12 +96,15 @@ def test_differences_give_exit_code_1_and_the_old_output(converted, tmp_path, mo
     assert snapshot(target) == before
 
 
-@pytest.mark.parametrize(("value", "why"), [(float("nan"), "lm_head.weight holds NaN"), (3e38, "the logits overflow")])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(float("nan"), "lm_head.weight holds NaN"), (3e38, r"source: its weights are so large .*--no-verify")],
+)
 def test_a_source_without_finite_logits(tmp_path, value, why):
     tensors = published_tensors()
     tensors["lm_head.weight"][5] = value
     source = save_published(tmp_path / "source", tensors)
-    with pytest.raises(ConversionError, match=f"source: .*{why}.*--no-verify"):
+    with pytest.raises(ConversionError, match=why):
         convert(source, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
