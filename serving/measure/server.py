@@ -17,7 +17,7 @@ import psutil
 
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 300
+START_SECONDS = 900
 
 
 def free_port() -> int:
@@ -41,7 +41,7 @@ def served(folder: Path, log: Path, *options: str, plugin: bool = True) -> Itera
         The address of its OpenAI interface, and its process id.
 
     Raises:
-        RuntimeError: it ends, or does not answer within five minutes.
+        RuntimeError: it ends, or does not answer within fifteen minutes.
     """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
@@ -54,11 +54,34 @@ def served(folder: Path, log: Path, *options: str, plugin: bool = True) -> Itera
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment.update({} if plugin else {"VLLM_PLUGINS": ""})
+    with running_server(command, port, log, environment) as process_id:
+        yield f"http://127.0.0.1:{port}", process_id
+
+
+@contextmanager
+def running_server(
+    command: list[str], port: int, log: Path, environment: dict[str, str] | None = None
+) -> Iterator[int]:
+    """Runs a command that serves on loopback, and takes it down after use with all that it started.
+
+    Args:
+        command: program and arguments.
+        port: where it will answer `/health`.
+        log: file for what it writes.
+        environment: its variables; default: those of this process, offline.
+
+    Yields:
+        Its process id.
+
+    Raises:
+        RuntimeError: it ends, or does not answer in time.
+    """
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait(process, port, log)
-            yield f"http://127.0.0.1:{port}", process.pid
+            yield process.pid
         finally:
             family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             process.terminate()

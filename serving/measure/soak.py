@@ -3,7 +3,7 @@
 Clients ask questions and conversations of random length, stream and go away in the middle, send prompts that are too
 long and requests that are no requests. Every answer is compared with `generate` of the port; no request may wait for
 longer than its time-out; and the memory of all processes may not grow after the first minute. Ends with 1 where one
-of these is not so.
+of these is not so. Time in which this process was stopped does not count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .material import CONDITIONS, Reference, conversations, fresh_questions
 from .server import served
 
 
-TIMEOUT = 120.0
+TIMEOUT = 600.0
+TICK = 1.0
 GROWTH = 32 * 2**20
 MALFORMED: list[dict[str, Any]] = [
     {"messages": []},
@@ -82,15 +83,15 @@ def pool_of(reference: Reference, size: int) -> list[Asked]:
 class Client(threading.Thread):
     """One client; each request is drawn anew."""
 
-    def __init__(self, address: str, pool: list[Asked], seed: int, end: float, tally: Tally) -> None:
+    def __init__(self, address: str, pool: list[Asked], seed: int, over: threading.Event, tally: Tally) -> None:
         super().__init__(daemon=True)
         self.api = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=TIMEOUT, max_retries=0)
-        self.pool, self.draw, self.end, self.tally = pool, random.Random(seed), end, tally
+        self.pool, self.draw, self.over, self.tally = pool, random.Random(seed), over, tally
 
     def run(self) -> None:
         """Asks until the time is over."""
         kinds = [self.ask] * 6 + [self.stream, self.leave, self.leave, self.complete, self.send_nonsense]
-        while time.monotonic() < self.end:
+        while not self.over.is_set():
             kind = self.draw.choice(kinds)
             try:
                 kind(self.draw.choice(self.pool))
@@ -149,37 +150,41 @@ class Client(threading.Thread):
             self.tally.faults.append(f"{time.monotonic() - begun:.0f} s to refuse {json.dumps(body)[:80]}")
 
 
-def memory(process: psutil.Process) -> list[int]:
-    """Bytes of a process and of each below it that are its own."""
-    found = []
+def memory(process: psutil.Process) -> dict[str, int]:
+    """Bytes that belong to a process alone, of the server and of each process below it, by name."""
+    found: dict[str, int] = {}
     for member in [process, *process.children(recursive=True)]:
         try:
-            found.append(member.memory_info().rss - member.memory_info().shared)
+            info, line = member.memory_info(), member.cmdline()
         except psutil.Error:
             continue
+        name = "engine" if line and "EngineCore" in line[0] else "server" if member == process else "others"
+        found[name] = found.get(name, 0) + info.rss - info.shared
     return found
 
 
 def soak(minutes: float, clients: int, log: Path) -> Tally:
     """Runs server and clients, and prints what is found every ten seconds."""
-    pool, tally = pool_of(Reference(ROOT), 48), Tally()
+    pool, tally, over = pool_of(Reference(ROOT), 48), Tally(), threading.Event()
     options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32")
     with served(ROOT, log, *options, "--num-gpu-blocks-override", "64") as (address, process_id):
-        begun = time.monotonic()
-        end = begun + 60 * minutes
-        threads = [Client(address, pool, seed, end, tally) for seed in range(clients)]
+        threads = [Client(address, pool, seed, over, tally) for seed in range(clients)]
         for thread in threads:
             thread.start()
-        process, first, last = psutil.Process(process_id), 0, 0
-        while time.monotonic() < end:
-            time.sleep(min(10.0, max(0.0, end - time.monotonic())))
-            each, minute = memory(process), (time.monotonic() - begun) / 60
-            last = sum(each)
-            first = max(first, last) if minute <= 1.2 else first
+        process, spent, told, first, last = psutil.Process(process_id), 0.0, 0.0, 0, 0
+        while spent < 60 * minutes:
+            before = time.monotonic()
+            time.sleep(TICK)
+            spent += min(time.monotonic() - before, 2 * TICK)
+            if spent - told < 10 and spent < 60 * minutes:
+                continue
+            told, each = spent, memory(process)
+            last = sum(each.values())
+            first = max(first, last) if spent <= 72 else first
+            parts = ", ".join(f"{name} {own / 2**20:.0f} MB" for name, own in each.items())
             total = sum(tally.done.values())
-            parts = " + ".join(f"{own / 2**20:.0f}" for own in each)
-            found = f"{total} requests  {len(tally.faults)} faults  {last / 2**20:.0f} = {parts} MB"
-            print(f"{minute:5.1f} min  {found}", flush=True)
+            print(f"{spent / 60:5.1f} min  {total} requests  {len(tally.faults)} faults  {parts}", flush=True)
+        over.set()
         for thread in threads:
             thread.join(TIMEOUT + 10)
         if hanging := sum(thread.is_alive() for thread in threads):

@@ -1,7 +1,8 @@
-"""Tokens a second of a server at several numbers of clients: `python -m serving.measure.throughput ADDRESS`.
+"""Throughput of the plug-in, and of `transformers serve`: `python -m serving.measure.throughput`.
 
-Works with every OpenAI server, so that vLLM and `transformers serve` are asked the same. Without an address, a server
-of vLLM with the plug-in is started for the time of the measurement.
+Streams the same conversations from 1, 8 and 32 clients at once, with greedy answers in steps (condition cot), and
+prints a table in Markdown. `--beside PATH` names the command `transformers` of an environment with transformers 5.23
+or newer; its server is then asked the same. Both servers run in float32 on all cores, one after the other.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ import openai
 
 from .engine import ROOT
 from .material import conversations
-from .server import served
+from .server import free_port, running_server, served
 
 
 @contextmanager
-def address_of(given: str | None) -> Iterator[str]:
-    """The address that was given, or that of a server of vLLM."""
-    if given is not None:
-        yield given
-        return
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        served(ROOT, Path(folder) / "log", "--dtype", "float32", "--enforce-eager") as (own, _),
-    ):
-        yield own
+def plug_in(log: Path) -> Iterator[tuple[str, str]]:
+    """Address and model name of a server of vLLM with the plug-in."""
+    options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
+    with served(ROOT, log, *options) as (address, _):
+        yield address, "hrm"
+
+
+@contextmanager
+def transformers_serve(command: str, log: Path) -> Iterator[tuple[str, str]]:
+    """Address and model name of `transformers serve`."""
+    port = free_port()
+    line = [command, "serve", str(ROOT), "--trust-remote-code", "--device", "cpu", "--dtype", "float32"]
+    with running_server([*line, "--host", "127.0.0.1", "--port", str(port)], port, log):
+        yield f"http://127.0.0.1:{port}", str(ROOT)
 
 
 def measure(client: openai.OpenAI, model: str, clients: int, requests: int) -> tuple[float, float, float]:
@@ -65,22 +70,30 @@ def measure(client: openai.OpenAI, model: str, clients: int, requests: int) -> t
     return requests / seconds, sum(tokens for tokens, _ in done) / seconds, waits[len(waits) // 2]
 
 
+def table_rows(name: str, address: str, model: str, clients: list[int], requests: int) -> None:
+    """Measures a server and prints a row for each number of clients."""
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
+    measure(client, model, 2, 4)
+    for number in clients:
+        rate, tokens, wait = measure(client, model, number, requests)
+        print(f"| {name} | {number} | {rate:.2f} | {tokens:.1f} | {wait:.2f} |", flush=True)
+
+
 def main() -> int:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", nargs="?", help="of a running server, http://127.0.0.1:8000")
-    parser.add_argument("--model", default="hrm", help="its name on that server")
+    parser.add_argument("--beside", metavar="PATH", help="the command `transformers` of another environment")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=64, help="for each number of clients")
     arguments = parser.parse_args()
-    with address_of(arguments.address) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300, max_retries=0)
-        measure(client, arguments.model, 4, 8)
-        print("| clients | requests a second | streamed pieces a second | median seconds to the first |")
-        print("| --- | --- | --- | --- |")
-        for clients in arguments.clients:
-            rate, tokens, wait = measure(client, arguments.model, clients, arguments.requests)
-            print(f"| {clients} | {rate:.2f} | {tokens:.1f} | {wait:.2f} |", flush=True)
+    print("| server | clients | requests a second | streamed pieces a second | median seconds to the first |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with plug_in(Path(folder) / "vllm.log") as (address, model):
+            table_rows("vLLM with the plug-in", address, model, arguments.clients, arguments.requests)
+        if arguments.beside:
+            with transformers_serve(arguments.beside, Path(folder) / "transformers.log") as (address, model):
+                table_rows("`transformers serve`", address, model, arguments.clients, arguments.requests)
     return 0
 
 

@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from serving.measure.engine import prepare, running  # noqa: E402
-from serving.measure.material import CONDITIONS, Reference, conversations, fresh_questions  # noqa: E402
+from serving.measure.material import Reference, chat_prompts, question_prompts  # noqa: E402
 
 
 prepare()
@@ -29,16 +29,12 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="session")
 def questions_asked(reference: Reference) -> list[list[int]]:
-    asked = fresh_questions(80)
-    return [
-        reference.chat_ids([{"role": "user", "content": text}], condition=CONDITIONS[index % 3])
-        for index, text in enumerate(asked)
-    ]
+    return question_prompts(reference, 80)
 
 
 @pytest.fixture(scope="session")
 def chats(reference: Reference) -> list[list[int]]:
-    return [reference.chat_ids(chat, condition=CONDITIONS[i % 3]) for i, chat in enumerate(conversations(80))]
+    return chat_prompts(reference, 80)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +52,6 @@ def serve() -> Callable[..., Any]:
 def _seeded_and_timed() -> Iterator[None]:
     """An engine that waits for ever ends the run, with the stacks of all threads."""
     torch.manual_seed(0)
-    faulthandler.dump_traceback_later(1200, exit=True)
+    faulthandler.dump_traceback_later(3600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()

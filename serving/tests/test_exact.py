@@ -24,6 +24,21 @@ def test_prompts_without_a_closed_envelope_are_causal(
     check(reference, generate(llm, bare + opened + continued))
 
 
+def test_envelopes_right_behind_each_other(llm: Any, reference: Reference, questions_asked: list[list[int]]) -> None:
+    """Two blocks: the first envelope does not see the second one, as it would if they were one."""
+    both = [one + other for one, other in zip(questions_asked[:10], questions_asked[10:20])]
+    results = generate(llm, both, prompt_logprobs=1)
+    check(reference, results)
+    for result, first in zip(results, questions_asked):
+        table = reference.log_probabilities(first, [])
+        served = [step[token].logprob for step, token in zip(result.prompt_logprobs[1:], first[1:])]
+        expected = [table[i, token].item() for i, token in enumerate(first[1:])]
+        assert max(abs(a - b) for a, b in zip(served, expected)) < TOLERANCE
+    again = generate(llm, both)
+    check(reference, again)
+    assert all(result.num_cached_tokens > 0 for result in again if len(result.prompt_token_ids) > 64)
+
+
 def test_prompt_log_probabilities(llm: Any, reference: Reference, chats: list[list[int]]) -> None:
     for result in generate(llm, chats[:10], prompt_logprobs=1, max_tokens=1):
         prompt = list(result.prompt_token_ids)

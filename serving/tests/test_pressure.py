@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from pathlib import Path
 from typing import Any
+
+import hrm_text_vllm
 
 from serving.measure.engine import count_preemptions, scheduler_of
 from serving.measure.material import TOLERANCE, Reference, check, generate, sampling, worst_difference
@@ -120,3 +125,38 @@ def test_an_aborted_prompt_leaves_nothing_behind(reference: Reference, chats: li
         check(reference, results, 8)
         check(reference, generate(llm, short[:24], max_tokens=8), 8)
         assert scheduler_of(llm).kv_cache_manager.usage == 0
+
+
+def test_the_plug_in_keeps_nothing(reference: Reference, chats: list[list[int]], serve: Any) -> None:
+    """Requests come and go, aborted and preempted ones too; what the plug-in's own lines allocated goes with them."""
+    folder = f"{Path(hrm_text_vllm.__file__).parent}/*"
+
+    def kept() -> int:
+        gc.collect()
+        own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, folder)])
+        return sum(trace.size for trace in own.traces)
+
+    with serve(num_gpu_blocks_override=12, max_model_len=256) as llm:
+        engine, short, preempted = llm.llm_engine, [chat for chat in chats if len(chat) < 150], count_preemptions(llm)
+
+        def ask(turn: int) -> None:
+            generate(llm, [[*prompt, 50 + turn] for prompt in short[:16]], ignore_eos=True, max_tokens=40)
+            for index, prompt in enumerate(short[16:24]):
+                engine.add_request(f"{turn}-{index}", {"prompt_token_ids": prompt}, sampling())
+            engine.step()
+            engine.abort_request([f"{turn}-{index}" for index in range(8)])
+            while engine.has_unfinished_requests():
+                engine.step()
+            message = [{"role": "user", "content": f"What is {turn} + 4?<|im_end|>"}]
+            llm.chat(message, sampling(max_tokens=2), use_tqdm=False)
+
+        tracemalloc.start()
+        try:
+            ask(0)
+            before, preempted_before = kept(), len(preempted)
+            for turn in range(1, 5):
+                ask(turn)
+            assert len(preempted) > preempted_before
+            assert kept() - before < 2048
+        finally:
+            tracemalloc.stop()
