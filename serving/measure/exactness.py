@@ -46,10 +46,9 @@ class Rows:
 
     def compared(self, results: list[Any], length: int = LENGTH, to_the_end: bool = False) -> str:
         """How many answers are those of `generate`, and the largest difference of a log-probability."""
-        same = 0
-        for result in results:
-            expected = self.reference.answer(list(result.prompt_token_ids), length, to_the_end)
-            same += list(result.outputs[0].token_ids) == expected
+        prompts = [list(result.prompt_token_ids) for result in results]
+        expected = self.reference.answers(prompts, length, to_the_end)
+        same = sum(list(result.outputs[0].token_ids) == answer for result, answer in zip(results, expected))
         return f"{same} of {len(results)}, {worst_difference(self.reference, results):.0e}"
 
     def plain(self, llm: Any) -> dict[str, Callable[[], str]]:

@@ -18,6 +18,7 @@ Chat = list[dict[str, str]]
 CONDITIONS = ("direct", "cot", "synth,cot")
 TOLERANCE = 1e-4
 LENGTH = 48
+GROUP = 16
 
 # Messages that name control tokens; their text may not become one.
 HOSTILE = [
@@ -96,23 +97,40 @@ class Reference:
             self._store.write_text(json.dumps(self._answers))
 
     @torch.no_grad()
-    def answer(self, prompt: list[int], max_new_tokens: int, to_the_end: bool = False) -> list[int]:
-        """Greedy answer of `generate`, the blocks inferred from the prompt; computed once.
+    def answers(self, prompts: list[list[int]], max_new_tokens: int, to_the_end: bool = False) -> list[list[int]]:
+        """Greedy answers of `generate`, the blocks inferred from the prompts; each is computed once.
 
         Args:
-            prompt: ids.
+            prompts: ids of each.
             max_new_tokens: longest answer.
-            to_the_end: whether the answer goes on behind an end token.
+            to_the_end: whether an answer goes on behind an end token.
+
+        Returns:
+            Ids of each answer, up to its end token.
         """
-        key = json.dumps([prompt, max_new_tokens, to_the_end])
-        if key not in self._answers:
-            ids = torch.tensor([prompt])
-            options = {"eos_token_id": -1} if to_the_end else {}
+        keys = [json.dumps([prompt, max_new_tokens, to_the_end]) for prompt in prompts]
+        missing = {key: prompt for key, prompt in zip(keys, prompts) if key not in self._answers}
+        shortest_first = sorted(missing.items(), key=lambda item: len(item[1]))
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        for start in range(0, len(shortest_first), GROUP):
+            group = shortest_first[start : start + GROUP]
+            width = len(group[-1][1])
+            padding = [width - len(prompt) for _, prompt in group]
             output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
+                torch.tensor([[pad] * left + prompt for left, (_, prompt) in zip(padding, group)]),
+                attention_mask=torch.tensor([[0] * left + [1] * (width - left) for left in padding]),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=-1 if to_the_end else end,
             )
-            self._answers[key] = output[0, len(prompt) :].tolist()
-        return self._answers[key]
+            for (key, _), row in zip(group, output[:, width:].tolist()):
+                ended = not to_the_end and end in row
+                self._answers[key] = row[: row.index(end) + 1] if ended else row
+        return [self._answers[key] for key in keys]
+
+    def answer(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """Greedy answer of `generate` to one prompt."""
+        return self.answers([prompt], max_new_tokens)[0]
 
     @torch.no_grad()
     def log_probabilities(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -161,6 +179,6 @@ def generate(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
 
 def check(reference: Reference, results: list[Any], length: int = LENGTH) -> None:
     """Answers and log-probabilities are those of the port."""
-    expected = [reference.answer(list(result.prompt_token_ids), length) for result in results]
+    expected = reference.answers([list(result.prompt_token_ids) for result in results], length)
     assert [list(result.outputs[0].token_ids) for result in results] == expected
     assert worst_difference(reference, results) < TOLERANCE

@@ -70,14 +70,11 @@ def pool_of(reference: Reference, size: int) -> list[Asked]:
     """Chats of one to four turns with the answers of `generate`."""
     chats = [[{"role": "user", "content": text}] for text in fresh_questions(size // 2, seed=21)]
     chats += conversations(size - len(chats), seed=22)
-    pool = []
-    for index, chat in enumerate(chats):
-        condition = CONDITIONS[index % 3]
-        prompt = reference.chat_ids(chat, condition=condition)
-        answer = reference.answer(prompt, 128)
-        text = reference.tokenizer.decode([token for token in answer if token != 11])
-        pool.append(Asked(chat, condition, prompt, answer, text))
-    return pool
+    conditions = [CONDITIONS[index % 3] for index in range(len(chats))]
+    prompts = [reference.chat_ids(chat, condition=condition) for chat, condition in zip(chats, conditions)]
+    answers = reference.answers(prompts, 128)
+    texts = [reference.tokenizer.decode([token for token in answer if token != 11]) for answer in answers]
+    return [Asked(*parts) for parts in zip(chats, conditions, prompts, answers, texts)]
 
 
 class Client(threading.Thread):
