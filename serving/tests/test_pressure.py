@@ -1,4 +1,4 @@
-"""Preemption, speculation, chunks and cached pages: however the work is cut up, the answers stay."""
+"""Preemption, chunks and cached pages: however the work is cut up, the answers stay."""
 
 from __future__ import annotations
 
@@ -25,12 +25,6 @@ def test_preempted_requests(reference: Reference, chats: list[list[int]], serve:
         answer = list(result.outputs[0].token_ids)
         table = reference.log_probabilities(list(result.prompt_token_ids), answer)
         assert table[len(result.prompt_token_ids) - 1 : -1].argmax(-1).tolist() == answer
-
-
-def test_speculation_with_ngrams(reference: Reference, chats: list[list[int]], serve: Any) -> None:
-    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with serve(speculative_config=speculation) as llm:
-        check(reference, generate(llm, chats[:40]))
 
 
 def test_generated_control_tokens_open_no_block(
