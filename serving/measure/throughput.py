@@ -2,7 +2,7 @@
 
 Streams the same conversations from 1, 8 and 32 clients at once, with greedy answers in steps (condition cot), and
 prints a table in Markdown. `--beside PATH` names the command `transformers` of an environment with transformers 5.23
-or newer; its server is then asked the same. Both servers run in float32 on all cores, one after the other.
+or newer; its server is then asked the same. All servers run in float32 with their defaults, one after the other.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from .server import free_port, running_server, served
 
 
 @contextmanager
-def plug_in(log: Path) -> Iterator[tuple[str, str]]:
+def plug_in(log: Path, *options: str) -> Iterator[tuple[str, str]]:
     """Address and model name of a server of vLLM with the plug-in."""
-    options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32")
-    with served(ROOT, log, *options) as (address, _):
+    with served(ROOT, log, "--dtype", "float32", "--max-num-seqs", "32", *options) as (address, _):
         yield address, "hrm"
 
 
@@ -89,8 +88,10 @@ def main() -> int:
     print("| server | clients | requests a second | streamed pieces a second | median seconds to the first |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        with plug_in(Path(folder) / "vllm.log") as (address, model):
-            table_rows("vLLM with the plug-in", address, model, arguments.clients, arguments.requests)
+        for options in ((), ("--enforce-eager",)):
+            with plug_in(Path(folder) / "vllm.log", *options) as (address, model):
+                name = " ".join(("vLLM with the plug-in", *(f"`{option}`" for option in options)))
+                table_rows(name, address, model, arguments.clients, arguments.requests)
         if arguments.beside:
             with transformers_serve(arguments.beside, Path(folder) / "transformers.log") as (address, model):
                 table_rows("`transformers serve`", address, model, arguments.clients, arguments.requests)
