@@ -22,7 +22,6 @@ from training.data import EMPTY, TOO_LONG, EncodingReport, PrefixLMCollator, enc
 from training.hub_folder import save_nano
 from training.nano_tasks import CONDITIONS, TASKS, draw
 from training.sft import LORA_TARGETS, main
-from training.trainer import read_log
 
 from .test_formats import write_tokens
 from .tiny import ROOT, tiny_model
@@ -60,8 +59,9 @@ def command(folder: Path, data: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read_log(output / "training" / "log.jsonl") if "loss" in entry]
+def losses(output: Path, name: str = "loss") -> list[float]:
+    log = json.loads((output / "training" / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in log if name in entry]
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -82,6 +82,9 @@ def test_full_training_writes_a_complete_folder(folder, data, tokenizer, tmp_pat
     assert summary["rows"] == {"kept": 40, "left_out": NOTHING}
     assert summary["steps"] == 6 and summary["held_out"] == 4 and 0 <= summary["exact_match"] <= 1
     assert losses(output)[-1] < losses(output)[0] and summary["loss"] == losses(output)[-1]
+    rates = losses(output, "learning_rate")
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3]) and rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(3e-4)
     assert (output / "training" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in folder.iterdir()} - {file.name for file in output.iterdir()} == set()
     start, average, raw = (load(path) for path in (folder, output, output / "raw"))

@@ -1,4 +1,4 @@
-"""Gradient steps, optimizer, schedule, averages and the loss, each alone and inside the trainer."""
+"""Gradient steps, optimizer, averages and the loss, each alone and inside the trainer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from convert_weights import convert
 from training.credit import GradientStepsWarmup, steps_at
 from training.data import IGNORED, PrefixLMCollator
-from training.optimization import AverageWeights, complete_state, make_optimizer, schedule
-from training.trainer import HrmTextTrainer, Recipe, last_checkpoint, read_log
+from training.optimization import AverageWeights, complete_state, make_optimizer
+from training.trainer import HrmTextTrainer, last_checkpoint
 
 from .test_collator import PAD, random_examples
 from .tiny import tiny_model
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "reference"
-PLAIN = Recipe(learning_rate=1e-3, average=0.9)
 
 
 class Watch(TrainerCallback):
@@ -38,28 +37,28 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def trainer_for(folder, model, items, recipe=PLAIN, packed=False, callbacks=(), resume=None, **arguments):
+def trainer_for(folder, model, items, packed=False, callbacks=(), **arguments):
     settings = {"max_steps": 10, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
     return HrmTextTrainer(
         model,
         TrainingArguments(
             output_dir=str(folder),
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
             use_cpu=True,
             report_to=[],
             remove_unused_columns=False,
             disable_tqdm=True,
             **{**settings, **arguments},
         ),
-        recipe,
-        items,
-        PrefixLMCollator(PAD, packed=packed),
-        resume=resume,
+        train_dataset=items,
+        data_collator=PrefixLMCollator(PAD, packed=packed),
         callbacks=list(callbacks),
     )
 
 
-def losses(folder) -> list[float]:
-    return [entry["loss"] for entry in read_log(Path(folder) / "log.jsonl") if "loss" in entry]
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # ---- the training code's figures ---------------------------------------------------------------------------------
@@ -105,11 +104,10 @@ def test_steps_go_linearly_from_2_to_5():
 def test_warmup_counts_optimizer_steps_and_ends_with_the_config(tmp_path, accumulate):
     model = tiny_model().train()
     watch = Watch(model)
-    recipe = Recipe(learning_rate=1e-3, gradient_warmup=0.6, average=0.0)
-    trainer = trainer_for(
-        tmp_path, model, random_examples(60), recipe, callbacks=[watch], gradient_accumulation_steps=accumulate
-    )
-    trainer.run()
+    callbacks = [watch, GradientStepsWarmup(fraction=0.6)]
+    trainer_for(
+        tmp_path, model, random_examples(60), callbacks=callbacks, gradient_accumulation_steps=accumulate
+    ).train()
     wanted = [2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
     assert watch.steps == [steps for steps in wanted for _ in range(accumulate)]
     assert model.gradient_steps == 5 == sum(model.config.gradient_calls()[1]) + model.config.gradient_calls()[0]
@@ -120,9 +118,7 @@ def test_warmup_refuses_what_cannot_be(tmp_path):
         with pytest.raises(ValueError):
             GradientStepsWarmup(**wrong)
     with pytest.raises(ValueError, match="`bp_steps` is 9"):
-        trainer_for(
-            tmp_path, tiny_model(), random_examples(4), Recipe(learning_rate=1e-3, last_gradient_steps=9)
-        ).run()
+        trainer_for(tmp_path, tiny_model(), random_examples(4), callbacks=[GradientStepsWarmup(last=9)]).train()
     with pytest.raises(TypeError, match="holds no HRM-Text"):
         GradientStepsWarmup._set(torch.nn.Linear(1, 1), 2)
 
@@ -133,26 +129,28 @@ def test_warmup_refuses_what_cannot_be(tmp_path):
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path):
     examples = random_examples(24)
     settings = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
-    whole = tiny_model().train()
-    first = trainer_for(tmp_path / "whole", whole, examples, **settings)
-    first.run()
+    whole, average = tiny_model().train(), AverageWeights(0.9)
+    callbacks = [GradientStepsWarmup(), average]
+    first = trainer_for(tmp_path / "whole", whole, examples, callbacks=callbacks, **settings)
+    first.train()
 
     model = tiny_model().train()
-    watch = Watch(model, stop_at=8)
+    callbacks = [GradientStepsWarmup(), AverageWeights(0.9), Watch(model, stop_at=8)]
     with pytest.raises(KeyboardInterrupt):
-        trainer_for(tmp_path / "cut", model, examples, callbacks=[watch], **settings).run()
-    assert len(losses(tmp_path / "cut")) == 7
+        trainer_for(tmp_path / "cut", model, examples, callbacks=callbacks, **settings).train()
     checkpoint = last_checkpoint(tmp_path / "cut")
     assert checkpoint.name == "checkpoint-6"
     model = tiny_model(seed=1).train()
-    watch = Watch(model)
-    second = trainer_for(tmp_path / "cut", model, examples, resume=checkpoint, callbacks=[watch], **settings)
-    second.run()
+    watch, resumed = Watch(model), AverageWeights(0.9, checkpoint)
+    second = trainer_for(
+        tmp_path / "cut", model, examples, callbacks=[GradientStepsWarmup(), resumed, watch], **settings
+    )
+    second.train(resume_from_checkpoint=str(checkpoint))
     assert watch.steps == [5] * 8
-    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert len(losses(second)) == 10 and losses(second) == pytest.approx(losses(first), rel=1e-6)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, msg=name)
-    for mine, theirs in zip(second.average.average, first.average.average, strict=True):
+    for mine, theirs in zip(resumed.average, average.average, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -167,8 +165,6 @@ def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"glob')
     assert last_checkpoint(tmp_path, with_average=False).name == "checkpoint-2"
     assert last_checkpoint(tmp_path / "nowhere") is None
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------
@@ -177,31 +173,28 @@ def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path):
 def test_twenty_steps_packed_and_padded_reach_the_same_loss(tmp_path):
     examples = random_examples(60)
     groups = [examples[start : start + 3] for start in range(0, 60, 3)]
+    ends = []
     for packed in (True, False):
-        trainer = trainer_for(
-            tmp_path / str(packed), tiny_model().train(), groups, packed=packed, max_steps=20, logging_steps=1
-        )
-        trainer.run()
-    packed, padded = losses(tmp_path / "True"), losses(tmp_path / "False")
+        trainer = trainer_for(tmp_path, tiny_model().train(), groups, packed=packed, max_steps=20)
+        trainer.train()
+        ends.append(losses(trainer))
+    packed, padded = ends
     assert len(packed) == 20 and packed[-1] < packed[0]
     assert packed == pytest.approx(padded, rel=1e-4)
 
 
 def test_accumulated_batches_are_one_large_one(tmp_path):
     examples = random_examples(24)
+    ends = []
     for size, parts in ((6, 1), (2, 3)):
-        trainer_for(
-            tmp_path / str(parts),
-            tiny_model().train(),
-            examples,
-            max_steps=4,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=parts,
-        ).run()
-    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        trainer = trainer_for(tmp_path, tiny_model().train(), examples, max_steps=4, **settings)
+        trainer.train()
+        ends.append(losses(trainer))
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
 
 
-# ---- optimizer, schedule, average --------------------------------------------------------------------------------
+# ---- optimizer, average --------------------------------------------------------------------------------
 
 
 def test_auto_takes_adam_atan2_and_falls_back_to_adamw(monkeypatch, caplog):
@@ -246,23 +239,6 @@ def test_z_L_init_is_left_alone_and_all_else_moves(name):
     shapes = [[p.shape for p in group["params"]] for group in optimizer.param_groups]
     again = make_optimizer(tiny_model(), 1e-2, name)
     assert shapes == [[p.shape for p in group["params"]] for group in again.param_groups]
-
-
-def test_schedule():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    rates = schedule(optimizer, 4, 20, decay_from=0.5, floor=0.25)
-    seen = []
-    for _ in range(21):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        rates.step()
-    assert seen[:4] == [0.5, 1.0, 1.5, 2.0] and seen[4:11] == [2.0] * 7
-    assert seen[15] == pytest.approx(2 * (0.25 + 0.75 / 2)) and seen[20] == pytest.approx(0.5)
-    assert seen[10:] == sorted(seen[10:], reverse=True)
-    with pytest.raises(ValueError, match="warmup_steps=30"):
-        schedule(optimizer, 30, 20)
-    with pytest.raises(ValueError, match="parts"):
-        schedule(optimizer, 3, 20, floor=2.0)
 
 
 def test_average_follows_its_formula_and_changes_places_with_the_weights(tmp_path):

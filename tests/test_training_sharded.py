@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from training.credit import GradientStepsWarmup
 from training.data import PrefixLMCollator
-from training.optimization import AverageWeights, make_optimizer, schedule
+from training.optimization import AverageWeights, make_optimizer
 
 from .test_collator import PAD, random_examples
 from .tiny import tiny_model
@@ -26,7 +26,7 @@ def train(model, folder: Path, checkpoint: Path | None = None, begin: int = 0) -
     """Five steps with the trainer's callbacks, the state kept after the third."""
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
     optimizer = make_optimizer(model, 1e-2, "adamw")
-    rates = schedule(optimizer, 2, STEPS)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     average, warmup = AverageWeights(0.8, checkpoint), GradientStepsWarmup(2, 5, 0.8)
     state = type("State", (), {"global_step": begin, "max_steps": STEPS})()
     average.on_train_begin(arguments, state, None, model=model)

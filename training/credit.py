@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .optimization import complete_state
+
 
 def steps_at(progress: float, first: int = 2, last: int = 5) -> int:
     """Gradient steps at a progress of the warm-up from 0 to 1; above 1 is 1."""
@@ -47,6 +49,17 @@ class GradientStepsWarmup(TrainerCallback):
         warmup_steps = self.fraction * state.max_steps
         progress = state.global_step / warmup_steps if warmup_steps else 1.0
         self._set(model, steps_at(progress, self.first, self.last))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.fsdp and optimizer is not None:
+            complete_state(getattr(optimizer, "optimizer", optimizer))  # what accelerate has wrapped
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

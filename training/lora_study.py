@@ -2,9 +2,12 @@
 
     python -m training.lora_study --output DIR
 
-Three tasks that the model in the root cannot do are taught by full training and by adapters of many kinds, each with
-several seeds. `results.jsonl` gets a line for every run: the share of held-out questions answered exactly, and the
-share of the old skills that is left. The same command goes on after an interruption; `--table` shows what is there.
+Tasks that the model in the root cannot do are taught by full training and by adapters of many kinds, each with several
+seeds. `results.jsonl` gets a line for every run: the share of held-out questions answered exactly, and the share of
+the old skills that is left. The same command goes on after an interruption; `--table` shows what is there.
+
+rsLoRA has no cases of its own at rank 16: it scales by alpha / sqrt(rank) in place of alpha / rank, so that its alpha
+of 32 is LoRA's alpha of 128 there. What it says about another rank is a case.
 """
 
 import argparse
@@ -24,11 +27,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from .answers import exact_matches
+from .credit import GradientStepsWarmup
 from .data import PrefixLMCollator, encode_rows
 from .hub_folder import ROOT
 from .nano_tasks import TASKS, draw
 from .plots import plot_learned_and_kept
-from .trainer import HrmTextTrainer, Recipe
+from .trainer import HrmTextTrainer
 
 
 ALL = ("gqkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -47,10 +51,10 @@ def _three(rng: Random) -> dict[str, str]:
     return {"instruction": f"What is {a} + {b} + {c}?", "response": str(a + b + c), "condition": "direct"}
 
 
-def _listed(rng: Random) -> dict[str, str]:
+def _sum(rng: Random, form: str, condition: str) -> dict[str, str]:
     a, b = (rng.randrange(10, 100) for _ in range(2))
-    listed = f"[{', '.join(str(a + b))}]"
-    return {"instruction": f"What is {a} + {b}?", "response": listed, "condition": "noisy"}
+    digits = ", ".join(str(a + b))
+    return {"instruction": f"What is {a} + {b}?", "response": form.format(digits), "condition": condition}
 
 
 class Task(NamedTuple):
@@ -64,7 +68,10 @@ class Task(NamedTuple):
 TASKS_TAUGHT = {
     "easy": Task(_double, 800, 40),  # a sum that Nano knows, asked in other words
     "hard": Task(_three, 579, 120),  # three operands, where Nano knows two: 729 questions in all
-    "format": Task(_listed, 2000, 60),  # sums it knows, answered as [7, 5] under a condition it was not trained on
+    # Sums it knows, answered as "7, 5": new are the form, and the condition `cot` without `synth`.
+    "format": Task(lambda rng: _sum(rng, "{}", "cot"), 2000, 60),
+    # Answered as "[7, 5]" under `noisy`: the ids of brackets and condition were never trained.
+    "tokens": Task(lambda rng: _sum(rng, "[{}]", "noisy"), 2000, 60),
 }
 
 
@@ -107,23 +114,33 @@ class Case:
 FULL = Case(rank=0, rate=1e-3)
 SCALED = Case(alpha=128, rate=1e-3)
 COMMON = (FULL, Case(), SCALED)
-HARD = (
-    *COMMON,
-    replace(SCALED, gradient_steps=2),
-    replace(SCALED, gradient_steps=8),
-    replace(SCALED, targets=("gqkv_proj", "o_proj")),
-    replace(SCALED, stack="H"),
-    replace(SCALED, stack="L"),
-    Case(rank=64, alpha=512, rate=1e-3),
-    Case(rate=1e-2),
-    replace(SCALED, kind="dora"),
-    replace(SCALED, targets=(*ALL, "lm_head")),
-    replace(SCALED, alpha=512, divided=True),
-    Case(alpha=128),
-)
-CASES: tuple[tuple[str, Case], ...] = (
-    *((task, case) for task in ("easy", "format") for case in COMMON),
-    *(("hard", case) for case in HARD),
+WITH_HEAD = replace(SCALED, targets=(*ALL, "lm_head"))
+# All seeds of a group come before the next one, and what the defaults rest on comes first.
+CASES: tuple[tuple[tuple[str, Case], ...], ...] = (
+    (
+        *((task, case) for task in ("hard", "format") for case in COMMON),
+        ("hard", Case(rank=64, alpha=512, rate=1e-3)),
+        ("hard", replace(SCALED, stack="H")),
+        *(("tokens", case) for case in (FULL, SCALED, WITH_HEAD)),
+        ("hard", Case(alpha=128)),
+    ),
+    (
+        *(("hard", replace(SCALED, gradient_steps=steps)) for steps in (2, 8)),
+        ("hard", replace(SCALED, stack="L")),
+        ("hard", replace(SCALED, targets=("gqkv_proj", "o_proj"))),
+        ("hard", Case(rate=1e-2)),
+        *(("easy", case) for case in COMMON),
+        ("hard", replace(SCALED, alpha=512, divided=True)),
+        ("hard", replace(SCALED, kind="dora")),
+    ),
+    (
+        ("hard", Case(rank=64, alpha=32, rate=1e-3, kind="rslora")),
+        ("tokens", replace(SCALED, targets=(*ALL, "lm_head", "embed_tokens"))),
+        ("hard", WITH_HEAD),
+        ("hard", Case(rank=0, rate=3e-3)),
+        ("hard", Case(rank=64, alpha=64)),
+        ("hard", Case(alpha=128, rate=1e-2)),
+    ),
 )
 
 
@@ -178,6 +195,10 @@ def measure(task: str, case: Case, seed: int, tokenizer: Any) -> dict[str, Any]:
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=BATCH,
+            learning_rate=case.rate,
+            warmup_steps=20,
+            lr_scheduler_type="cosine_warmup_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
             max_grad_norm=1.0,
             logging_steps=steps,
             save_strategy="no",
@@ -187,17 +208,14 @@ def measure(task: str, case: Case, seed: int, tokenizer: Any) -> dict[str, Any]:
             seed=seed,
             report_to=[],
         )
-        recipe = Recipe(
-            learning_rate=case.rate,
-            warmup_steps=20,
-            weight_decay=0.0,
-            average=0.0,
-            first_gradient_steps=case.gradient_steps,
-            last_gradient_steps=case.gradient_steps,
+        trainer = HrmTextTrainer(
+            model,
+            arguments,
+            train_dataset=encode_rows(train, tokenizer, 200)[0],
+            data_collator=PrefixLMCollator(tokenizer.pad_token_id),
+            callbacks=[GradientStepsWarmup(case.gradient_steps, case.gradient_steps)],
         )
-        examples = encode_rows(train, tokenizer, 200)[0]
-        trainer = HrmTextTrainer(model, arguments, recipe, examples, PrefixLMCollator(tokenizer.pad_token_id))
-        loss = trainer.run()
+        loss = trainer.train().training_loss
     asked = [encode_rows(several, tokenizer, 200)[0] for several in (held_out, old_skills(seed))]
     model.eval()
     learned, kept = (exact_matches(model, tokenizer, examples, 160) / len(examples) for examples in asked)
@@ -249,14 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.table:
         done = {(line["task"], line["case"], line["seed"]) for line in results}
         tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
-        for seed in range(options.seeds):
-            for task, case in CASES:
-                if (task, case.name(), seed) in done:
-                    continue
-                results.append(measure(task, case, seed, tokenizer))
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(results[-1]) + "\n")
-                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        runs = ((task, case, seed) for cases in CASES for seed in range(options.seeds) for task, case in cases)
+        for task, case, seed in runs:
+            if (task, case.name(), seed) in done:
+                continue
+            results.append(measure(task, case, seed, tokenizer))
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(results[-1]) + "\n")
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(table(results))
     hard = [line for line in results if line["task"] == "hard"]
     names = dict.fromkeys(line["case"] for line in hard)

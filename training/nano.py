@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,12 +24,14 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from .credit import GradientStepsWarmup
 from .data import Example, PrefixLMCollator, bucket, join, plain_ids
 from .hub_folder import load_class, save_nano
 from .nano_tasks import CONDITIONS, TASKS, Question, draw, questions, tokenizer_corpus
+from .optimization import AverageWeights
 from .plots import plot_curves
 from .tokenizer import train_tokenizer
-from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
+from .trainer import HrmTextTrainer, last_checkpoint
 
 
 VOCABULARY = 665
@@ -90,41 +93,30 @@ POLISH: Stages = (
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of the training with a schedule and questions of its own."""
+    """Part of the training with questions of its own.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: peak, from which a cosine goes down to 2 %.
+        warmup_steps: steps to the peak.
+        decay_from: part of the steps at which the cosine begins.
+        average: decay of the average weights.
+        gradient_warmup: part of the steps that goes from 2 to 5 gradient steps.
+        stages: what is asked when.
+    """
 
     steps: int
-    recipe: Recipe
+    learning_rate: float
+    warmup_steps: int
+    decay_from: float
+    average: float
+    gradient_warmup: float
     stages: Stages
 
 
 PHASES = (
-    Phase(
-        11500,
-        Recipe(
-            learning_rate=5e-3,
-            warmup_steps=100,
-            optimizer="muon",
-            decay_from=0.7,
-            floor=0.02,
-            weight_decay=0.1,
-            average=0.998,
-            gradient_warmup=0.14,
-        ),
-        STAGES,
-    ),
-    Phase(
-        3500,
-        Recipe(
-            learning_rate=2.5e-3,
-            warmup_steps=50,
-            optimizer="muon",
-            floor=0.02,
-            weight_decay=0.1,
-            average=0.99,
-            gradient_warmup=0.0,
-        ),
-        POLISH,
-    ),
+    Phase(11500, 5e-3, 100, decay_from=0.7, average=0.998, gradient_warmup=0.14, stages=STAGES),
+    Phase(3500, 2.5e-3, 50, decay_from=0.0, average=0.99, gradient_warmup=0.0, stages=POLISH),
 )
 LOGGING_STEPS = 50
 PROBE_STEPS = 500
@@ -212,6 +204,7 @@ class Probe(TrainerCallback):
             for condition in CONDITIONS
         }
         self.trainer: HrmTextTrainer | None = None
+        self.average: AverageWeights | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -219,13 +212,28 @@ class Probe(TrainerCallback):
         if state.global_step % PROBE_STEPS and state.global_step != state.max_steps:
             return
         right = {}
-        with self.trainer.average.applied(model), torch.no_grad():
+        with self.average.applied(model), torch.no_grad():
             for (task, condition), batch in self.batches.items():
                 inputs = {name: values for name, values in batch.items() if name != "labels"}
                 written = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
                 wanted = batch["labels"][:, 1:]
                 right[f"{task}/{condition}"] = ((written == wanted) | (wanted == -100)).all(1).float().mean().item()
         self.trainer.log(right)
+
+
+class Clock(TrainerCallback):
+    """Adds to each entry of the log the seconds trained so far: on the wall, and of all threads of the process."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        before = state.log_history[-1] if state.log_history else {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.started = time.monotonic() - before["seconds"]
+        self.cpu_started = time.process_time() - before["cpu_seconds"]
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 1)
+        state.log_history[-1]["cpu_seconds"] = round(time.process_time() - self.cpu_started, 1)
 
 
 def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> list[torch.Tensor]:
@@ -238,6 +246,14 @@ def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> li
         output_dir=str(work),
         max_steps=phase.steps,
         per_device_train_batch_size=1,
+        learning_rate=phase.learning_rate,
+        weight_decay=0.1,
+        warmup_steps=min(phase.warmup_steps, phase.steps),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": phase.steps - max(phase.warmup_steps, int(phase.decay_from * phase.steps)),
+            "min_lr_ratio": 0.02,
+        },
         logging_steps=LOGGING_STEPS,
         save_steps=SAVE_STEPS,
         save_total_limit=3,
@@ -247,20 +263,18 @@ def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> li
         seed=seed,
         report_to=[],
     )
-    probe = Probe(tokenizer, seed + 1)
+    probe, average = Probe(tokenizer, seed + 1), AverageWeights(phase.average, resume)
     trainer = HrmTextTrainer(
         model,
         arguments,
-        phase.recipe,
-        QuestionGroups(tokenizer, seed, phase.stages),
-        PrefixLMCollator(tokenizer.pad_token_id),
-        resume=resume,
-        callbacks=[],
+        train_dataset=QuestionGroups(tokenizer, seed, phase.stages),
+        data_collator=PrefixLMCollator(tokenizer.pad_token_id),
+        optimizer="muon",
+        callbacks=[GradientStepsWarmup(fraction=phase.gradient_warmup), average, Clock(), probe],
     )
-    probe.trainer = trainer
-    trainer.add_callback(probe)
-    trainer.run()
-    return trainer.average.average
+    probe.trainer, probe.average = trainer, average
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return average.average
 
 
 def joined_log(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -268,7 +282,8 @@ def joined_log(folders: Sequence[Path]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for folder in folders:
         base = entries[-1] if entries else {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-        for entry in read_log(folder / LOG_FILE):
+        state = TrainerState.load_from_json(str(last_checkpoint(folder) / "trainer_state.json"))
+        for entry in state.log_history:
             counted = {name: round(entry[name] + base[name], 1) for name in ("step", "seconds", "cpu_seconds")}
             entries.append({**entry, **counted})
     return entries
@@ -304,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
             parameter.copy_(mean)
     save_nano(model, tokenizer, output)
     log = joined_log(folders)
-    (work / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    (work / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
     plot_curves(log, work / "curves.png")
     print(f"{output}: the model; {work}: log and curves")
     return 0

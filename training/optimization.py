@@ -1,11 +1,10 @@
-"""Optimizer, learning rate and average weights.
+"""Optimizer and average weights.
 
 AdamATan2 (https://arxiv.org/abs/2407.05872, section on epsilon) is the optimizer of the HRM papers. The one used here
 is of the package `adam-atan2-pytorch`; where it is not installed, AdamW takes its place and says so.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -105,38 +103,6 @@ def complete_state(optimizer: Optimizer) -> None:
         state = optimizer.state[parameter]
         for name in {"step", "steps"} & state.keys():
             state[name] = torch.zeros_like(state[name]) if isinstance(state[name], torch.Tensor) else 0
-
-
-def schedule(
-    optimizer: Optimizer, warmup_steps: int, steps: int, decay_from: float = 0.0, floor: float = 0.1
-) -> LambdaLR:
-    """Linear warm-up to the peak, then constant, then a cosine down to a floor.
-
-    Args:
-        optimizer: its learning rate is the peak.
-        warmup_steps: optimizer steps of the warm-up.
-        steps: optimizer steps of the training.
-        decay_from: part of the training, from 0 to 1, at which the decay begins.
-        floor: learning rate at the end, as a part of the peak.
-
-    Raises:
-        ValueError: a warm-up that is longer than the training, or a part outside 0 to 1.
-    """
-    if not 0 <= warmup_steps <= steps:
-        raise ValueError(f"warmup_steps={warmup_steps} does not lie in the {steps} steps of the training: lower it")
-    if not (0 <= decay_from <= 1 and 0 <= floor <= 1):
-        raise ValueError(f"decay_from={decay_from} and floor={floor} are parts: give numbers from 0 to 1")
-    begin = max(warmup_steps, int(decay_from * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if step < begin or begin == steps:
-            return 1.0
-        progress = min((step - begin) / (steps - begin), 1.0)
-        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-    return LambdaLR(optimizer, factor)
 
 
 class AverageWeights(TrainerCallback):

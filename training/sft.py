@@ -22,11 +22,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from .answers import exact_matches
+from .credit import GradientStepsWarmup
 from .data import EncodingReport, Example, PrefixLMCollator, encode_rows, keep_fitting, pack, read_rows
-from .optimization import OPTIMIZERS
+from .optimization import OPTIMIZERS, AverageWeights
 from .plots import plot_curves
 from .tokenized import is_tokenized, read_tokenized
-from .trainer import LOG_FILE, HrmTextTrainer, Recipe, last_checkpoint, read_log
+from .trainer import HrmTextTrainer, last_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -151,22 +152,31 @@ def judge(trainer: HrmTextTrainer, options: argparse.Namespace, tokenizer: Any, 
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """What `Trainer` itself reads; the recipe has the rest. Sets up the processes where there are several."""
+    """What `Trainer` reads: all but optimizer, warm-up of credit assignment and average. Sets up several processes."""
     several = _processes() > 1
     on_cpu = options.cpu or not torch.cuda.is_available()
     if options.fsdp:
         os.environ.setdefault("FSDP_VERSION", "2")  # which older transformers do not say themselves
     # What older transformers know as two words is one switch from 5.16 on, or somewhat before.
     sharded = True if hasattr(TrainingArguments, "_apply_legacy_fsdp_to_config") else "full_shard auto_wrap"
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     return TrainingArguments(
         output_dir=str(options.output / WORK),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=min(options.warmup_steps, options.max_steps if options.max_steps > 0 else options.warmup_steps),
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
         # At 2 gradient steps the embedding gets none.
         ddp_find_unused_parameters=True if several else None,
         ddp_backend="gloo" if several and on_cpu else None,
+        # Only this kind goes together with parameters that a step leaves without a gradient.
+        **{checkpointing: options.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
         bf16=options.bf16,
         use_cpu=on_cpu,
         fsdp=sharded if options.fsdp else None,
@@ -178,7 +188,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         max_grad_norm=1.0,
         remove_unused_columns=False,
         seed=options.seed,
-        report_to=[],
+        report_to=options.report_to,
     )
 
 
@@ -201,48 +211,38 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"--data {options.data}: nothing to train on ({report}); see --length {options.length} and --held-out"
         )
     items: list[Any] = pack(train, longest) if options.packed else train
-    if options.gradient_checkpointing:
-        # Only this kind goes together with parameters that a step leaves without a gradient.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    recipe = Recipe(
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        optimizer=options.optimizer,
-        weight_decay=options.weight_decay,
-        average=options.average,
-        first_gradient_steps=options.gradient_steps[0],
-        last_gradient_steps=options.gradient_steps[1],
-        gradient_warmup=options.gradient_warmup,
-    )
     averages = _processes() if options.fsdp else 1
     _same_options(options, work)
+    resume = last_checkpoint(work, with_average=bool(options.average), averages=averages)
+    callbacks: list[Any] = [GradientStepsWarmup(*options.gradient_steps, options.gradient_warmup)]
+    average = AverageWeights(options.average, resume) if options.average else None
     trainer = HrmTextTrainer(
         model,
         arguments,
-        recipe,
-        items,
-        PrefixLMCollator(tokenizer.pad_token_id, packed=options.packed),
-        resume=last_checkpoint(work, with_average=bool(options.average), averages=averages),
+        train_dataset=items,
+        data_collator=PrefixLMCollator(tokenizer.pad_token_id, packed=options.packed),
         processing_class=tokenizer,
+        optimizer=options.optimizer,
+        callbacks=[*callbacks, average] if average else callbacks,
     )
-    loss = trainer.run()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.unwrap_model(trainer.model_wrapped).config.use_cache = True  # the trainer switches it off
-    if trainer.average is None:
-        save(trainer, tokenizer, options.output, Path(options.model), dtype)
-    else:
+    if average is not None:
         save(trainer, tokenizer, options.output / "raw", Path(options.model), dtype)
-        trainer.average.swap(trainer.model_wrapped)
-        save(trainer, tokenizer, options.output, Path(options.model), dtype)
+        average.swap(trainer.model_wrapped)
+    save(trainer, tokenizer, options.output, Path(options.model), dtype)
+    log = trainer.state.log_history
+    loss = next((entry["loss"] for entry in reversed(log) if "loss" in entry), float("nan"))
     rows = {"kept": report.kept, "left_out": report.left_out}
     summary: dict[str, Any] = {"rows": rows, "steps": trainer.state.global_step, "loss": loss}
     if held_out:
         summary["held_out"] = len(held_out)
         summary["exact_match"] = judge(trainer, options, tokenizer, held_out)
+    trainer.save_state()
     if first:
         (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         try:
-            plot_curves(read_log(work / LOG_FILE), work / "loss.png")
+            plot_curves(log, work / "loss.png")
         except ImportError as error:
             logger.warning("no loss.png: %s", error)
     trainer.accelerator.wait_for_everyone()
@@ -345,6 +345,7 @@ answers may have `tool_calls` and `tool` messages follow. A field that is unknow
     add("--fsdp", action="store_true", help="shard weights and optimizer over the processes (accelerators only)")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--logging-steps", type=int, default=10, help="steps between log entries (default %(default)s)")
+    add("--report-to", nargs="+", default=[], metavar="NAME", help="trackers that get the log, as tensorboard, wandb")
     add("--save-steps", type=int, default=200, help="steps between checkpoints (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of order and split (default %(default)s)")
     return result
@@ -352,18 +353,15 @@ answers may have `tool_calls` and `tool` messages follow. A field that is unknow
 
 def check(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, naming one of them and the remedy; None where nothing is."""
-    for name in ("length", "batch_size", "accumulate", "logging_steps", "save_steps"):
-        if getattr(options, name) < 1:
-            return f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1"
-    for name in ("warmup_steps", "weight_decay", "lora"):
-        if getattr(options, name) < 0:
-            return f"--{name.replace('_', '-')} {getattr(options, name)}: give 0 or more"
-    for name in ("learning_rate", "epochs"):
-        if getattr(options, name) <= 0:
-            return f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0"
-    for name in ("held_out", "average"):
-        if not 0 <= getattr(options, name) < 1:
-            return f"--{name.replace('_', '-')} {getattr(options, name)}: a share, from 0 to below 1"
+    for names, fits, remedy in (
+        ("length batch_size accumulate logging_steps save_steps", lambda value: value >= 1, "give at least 1"),
+        ("warmup_steps weight_decay lora", lambda value: value >= 0, "give 0 or more"),
+        ("learning_rate epochs", lambda value: value > 0, "give a number above 0"),
+        ("held_out average", lambda value: 0 <= value < 1, "a share, from 0 to below 1"),
+    ):
+        for name in names.split():
+            if not fits(value := getattr(options, name)):
+                return f"--{name.replace('_', '-')} {value}: {remedy}"
     if options.max_steps != -1 and options.max_steps < 1:
         return f"--max-steps {options.max_steps}: give at least 1, or leave it out to train for --epochs"
     first, last = options.gradient_steps
