@@ -98,7 +98,7 @@ def test_an_empty_condition_is_none_and_an_absent_one_the_default(tokenizer):
         ({"conversations": [{"role": "user", "content": "a"}]}, r"`role` of a message in `conversations` is unknown"),
         ({"prompt": "<|im_start|>a<|im_end|>", "completion": "b"}, r"has its envelope already"),
         ({"prompt": "a", "completion": [ANSWER]}, r"here one is of each"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"`chosen` is unknown"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"`chosen` is unknown.*preferences are for DPO"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, r"preferences are for DPO"),
         ({"text": "a b c"}, r"no prompt to read as a block"),
         ({**SAME[0], "weight": 0.5}, r"`weight` is 0.5"),
@@ -135,6 +135,14 @@ def test_files_give_the_same_rows(tmp_path):
     for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
         read = [{key: value for key, value in row.items() if value is not None} for row in read_rows(tmp_path / name)]
         assert read == rows, name
+
+
+def test_a_weight_in_a_csv_file(tmp_path, tokenizer):
+    (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0\na,b,1\na,b,\n")
+    assert str(encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)[1]).startswith("3 rows: 2 kept")
+    (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0.5\n")
+    with pytest.raises(ValueError, match="`weight` is '0.5'"):
+        encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)
 
 
 def test_chats_in_parquet(tmp_path, tokenizer):

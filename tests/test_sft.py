@@ -303,6 +303,20 @@ def test_an_adapter_on_the_output_head(folder, data, tmp_path):
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
+def test_tokens_that_only_the_output_head_can_learn_are_named(tmp_path, caplog):
+    """In Nano the rows of all tokens that it was never trained on are one: below them nothing tells them apart."""
+    pytest.importorskip("peft")
+    file = tmp_path / "rows.jsonl"
+    options = ("--lora", "2", "--max-steps", "1", "--held-out", "0", "--lora-targets", "o_proj")
+    for number, (answer, more, warned) in enumerate((("[7]", (), 1), ("[7]", ("lm_head",), 0), ("7", (), 0))):
+        caplog.clear()
+        file.write_text(json.dumps({"instruction": "3 + 4", "response": answer}) + "\n")
+        assert main(command(ROOT, file, tmp_path / str(number), *options, *more)) == 0
+        said = [each.getMessage() for each in caplog.records if "--lora-targets" in each.getMessage()]
+        assert len(said) == warned
+        assert all(text.startswith("2 labels are tokens") and "([, ])" in text for text in said)
+
+
 def test_fields_that_are_unknown_or_left_aside(folder, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"instruction": "a", "output": str(n), "id": n}) + "\n" for n in range(4)))

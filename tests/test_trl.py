@@ -98,6 +98,19 @@ def test_sampling(name, nano, tokenizer, tmp_path):
     assert logged["kl"] == pytest.approx(0, abs=1e-5) and logged["reward"] >= 0.75
 
 
+@pytest.mark.skipif(not hasattr(trl, "DistillationTrainer"), reason="TRL before 1.16 or so has no such trainer")
+def test_distillation(nano, tokenizer, tmp_path):
+    """A teacher of the same folder says what its pupil says."""
+    trainer = trl.DistillationTrainer(
+        model=nano,
+        teacher_model=str(ROOT),
+        args=trl.DistillationConfig(max_completion_length=8, **settings(tmp_path)),
+        train_dataset=PROMPTS.remove_columns("answer"),
+    )
+    assert is_ours(trainer.teacher_model)
+    assert first_step(trainer, tokenizer)["loss"] == pytest.approx(0, abs=1e-5)
+
+
 def test_reward(tmp_path):
     """By path TRL makes the classifier itself, which reads a whole text as one block: so do plain forwards here."""
     trainer = trl.RewardTrainer(

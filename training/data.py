@@ -48,7 +48,7 @@ class EncodingReport:
 def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows of a file (JSON Lines, a JSON list, CSV, Parquet), of a folder saved by `datasets`, or of any mappings.
 
-    In a CSV file everything is text, and an empty cell is an absent field.
+    In a CSV file everything is text but `weight`, and an empty cell is an absent field.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -82,7 +82,8 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
                     f"{path}, line {reader.line_num}: not as many cells as the first line, which names them, has: "
                     f"{len(reader.fieldnames)}"
                 )
-            yield {name: value or None for name, value in row.items()}
+            weight = {"weight": int(row["weight"])} if row.get("weight") in ("0", "1") else {}
+            yield {**{name: value or None for name, value in row.items()}, **weight}
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 

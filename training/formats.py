@@ -70,9 +70,10 @@ def read_row(row: Mapping[str, Any], ignored: Collection[str] = ()) -> Row | Non
     known = (*FORMS[form], *COMMON)
     for name in row:
         if name not in known:
+            remedy = f"rename it, or leave it aside with --ignore-fields {name}"
             raise ValueError(
-                f"the field `{name}` is unknown beside `{form}`{_nearest(name, known)}: rename it, or leave it aside "
-                f"with --ignore-fields {name}"
+                f"the field `{name}` is unknown beside `{form}`{_nearest(name, known)}: "
+                + (ELSEWHERE[name] if name == "chosen" else remedy)
             )
     condition = row.get("condition")
     if condition is not None and not isinstance(condition, str):

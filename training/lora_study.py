@@ -51,10 +51,16 @@ def _three(rng: Random) -> dict[str, str]:
     return {"instruction": f"What is {a} + {b} + {c}?", "response": str(a + b + c), "condition": "direct"}
 
 
-def _sum(rng: Random, form: str, condition: str) -> dict[str, str]:
+def _digits(rng: Random) -> dict[str, str]:
     a, b = (rng.randrange(10, 100) for _ in range(2))
     digits = ", ".join(str(a + b))
-    return {"instruction": f"What is {a} + {b}?", "response": form.format(digits), "condition": condition}
+    return {"instruction": f"What is {a} + {b}, digit by digit?", "response": digits, "condition": "direct"}
+
+
+def _listed(rng: Random) -> dict[str, str]:
+    a, b = (rng.randrange(10, 100) for _ in range(2))
+    listed = f"[{', '.join(str(a + b))}]"
+    return {"instruction": f"What is {a} + {b}?", "response": listed, "condition": "noisy"}
 
 
 class Task(NamedTuple):
@@ -68,10 +74,8 @@ class Task(NamedTuple):
 TASKS_TAUGHT = {
     "easy": Task(_double, 800, 40),  # a sum that Nano knows, asked in other words
     "hard": Task(_three, 579, 120),  # three operands, where Nano knows two: 729 questions in all
-    # Sums it knows, answered as "7, 5": new are the form, and the condition `cot` without `synth`.
-    "format": Task(lambda rng: _sum(rng, "{}", "cot"), 2000, 60),
-    # Answered as "[7, 5]" under `noisy`: the ids of brackets and condition were never trained.
-    "tokens": Task(lambda rng: _sum(rng, "[{}]", "noisy"), 2000, 60),
+    "format": Task(_digits, 2000, 60),  # sums it knows, answered as 7, 5
+    "tokens": Task(_listed, 2000, 60),  # answered as [7, 5] under `noisy`: brackets and condition were never trained
 }
 
 

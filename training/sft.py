@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 
 from .answers import exact_matches
 from .credit import GradientStepsWarmup
-from .data import EncodingReport, Example, PrefixLMCollator, encode_rows, keep_fitting, pack, read_rows
+from .data import IGNORED, EncodingReport, Example, PrefixLMCollator, encode_rows, keep_fitting, pack, read_rows
 from .optimization import OPTIMIZERS, AverageWeights
 from .plots import plot_curves
 from .tokenized import is_tokenized, read_tokenized
@@ -98,6 +99,18 @@ def read_examples(
         return keep_fitting(stored, longest)
     rows = tqdm(read_rows(options.data), desc="reading", unit=" rows", disable=not progress)
     return encode_rows(rows, tokenizer, longest, options.condition, options.ignore_fields)
+
+
+def never_written(model: torch.nn.Module, examples: list[Example]) -> Counter[int]:
+    """Labels whose row of the output head is that of the padding token, which no model is trained to write.
+
+    Tokens that never occurred in training come to have one row, so that no adapter below the head tells them apart.
+    """
+    labels = Counter(label for example in examples for label in example["labels"] if label != IGNORED)
+    rows = model.get_output_embeddings().weight.detach()
+    ids = torch.tensor(list(labels))
+    alike = torch.cosine_similarity(rows[ids].float(), rows[model.config.pad_token_id].float(), dim=-1) > 0.999
+    return Counter({token: labels[token] for token in ids[alike].tolist()})
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -205,6 +218,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     examples, report = read_examples(options, tokenizer, longest, progress=first)
     if first:
         logger.info("%s (above %d tokens)", report, longest)
+    below = not any(name.endswith("lm_head") for name in options.lora_targets)
+    if first and options.lora and below and (strange := never_written(model, examples)):
+        logger.warning(
+            "%d labels are tokens that the model was never trained to write (%s), which no adapter below the output "
+            "head can teach: add lm_head to --lora-targets, or train all weights",
+            strange.total(),
+            ", ".join(tokenizer.convert_ids_to_tokens([token for token, _ in strange.most_common(8)])),
+        )
     train, held_out = split(examples, options.held_out, options.seed)
     if not train:
         raise ValueError(
