@@ -47,5 +47,5 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_tokens_that_were_never_trained_want_the_output_head():
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
-    without, with_head = (measure("tokens", case, 0, tokenizer)["learned"] for case in (SCALED, WITH_HEAD))
+    without, with_head = (measure("format", case, 0, tokenizer)["learned"] for case in (SCALED, WITH_HEAD))
     assert without == 0 and with_head > 0.5

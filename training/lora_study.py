@@ -2,9 +2,9 @@
 
     python -m training.lora_study --output DIR
 
-Tasks that the model in the root cannot do are taught by full training and by adapters of many kinds, each with several
-seeds. `results.jsonl` gets a line for every run: the share of held-out questions answered exactly, and the share of
-the old skills that is left. The same command goes on after an interruption; `--table` shows what is there.
+Three tasks that the model in the root cannot do are taught by full training and by adapters of many kinds, each with
+several seeds. `results.jsonl` gets a line for every run: the share of held-out questions answered exactly, and the
+share of the old skills that is left. The same command goes on after an interruption; `--table` shows what is there.
 
 rsLoRA has no cases of its own at rank 16: it scales by alpha / sqrt(rank) in place of alpha / rank, so that its alpha
 of 32 is LoRA's alpha of 128 there. What it says about another rank is a case.
@@ -51,12 +51,6 @@ def _three(rng: Random) -> dict[str, str]:
     return {"instruction": f"What is {a} + {b} + {c}?", "response": str(a + b + c), "condition": "direct"}
 
 
-def _digits(rng: Random) -> dict[str, str]:
-    a, b = (rng.randrange(10, 100) for _ in range(2))
-    digits = ", ".join(str(a + b))
-    return {"instruction": f"What is {a} + {b}, digit by digit?", "response": digits, "condition": "direct"}
-
-
 def _listed(rng: Random) -> dict[str, str]:
     a, b = (rng.randrange(10, 100) for _ in range(2))
     listed = f"[{', '.join(str(a + b))}]"
@@ -74,8 +68,8 @@ class Task(NamedTuple):
 TASKS_TAUGHT = {
     "easy": Task(_double, 800, 40),  # a sum that Nano knows, asked in other words
     "hard": Task(_three, 579, 120),  # three operands, where Nano knows two: 729 questions in all
-    "format": Task(_digits, 2000, 60),  # sums it knows, answered as 7, 5
-    "tokens": Task(_listed, 2000, 60),  # answered as [7, 5] under `noisy`: brackets and condition were never trained
+    # Sums it knows, answered as [7, 5] under `noisy`. Brackets and condition are tokens that it was never trained on.
+    "format": Task(_listed, 2000, 60),
 }
 
 
@@ -122,10 +116,10 @@ WITH_HEAD = replace(SCALED, targets=(*ALL, "lm_head"))
 # All seeds of a group come before the next one, and what the defaults rest on comes first.
 CASES: tuple[tuple[tuple[str, Case], ...], ...] = (
     (
-        *((task, case) for task in ("hard", "format") for case in COMMON),
+        *(("format", case) for case in (*COMMON, WITH_HEAD)),
+        *(("hard", case) for case in COMMON),
         ("hard", Case(rank=64, alpha=512, rate=1e-3)),
         ("hard", replace(SCALED, stack="H")),
-        *(("tokens", case) for case in (FULL, SCALED, WITH_HEAD)),
         ("hard", Case(alpha=128)),
     ),
     (
@@ -139,7 +133,7 @@ CASES: tuple[tuple[tuple[str, Case], ...], ...] = (
     ),
     (
         ("hard", Case(rank=64, alpha=32, rate=1e-3, kind="rslora")),
-        ("tokens", replace(SCALED, targets=(*ALL, "lm_head", "embed_tokens"))),
+        ("format", replace(SCALED, targets=(*ALL, "lm_head", "embed_tokens"))),
         ("hard", WITH_HEAD),
         ("hard", Case(rank=0, rate=3e-3)),
         ("hard", Case(rank=64, alpha=64)),
@@ -281,12 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(table(results))
     hard = [line for line in results if line["task"] == "hard"]
-    names = dict.fromkeys(line["case"] for line in hard)
-    runs = {name: [line for line in hard if line["case"] == name] for name in names}
-    points = [
-        (name, *(mean(run[share] for run in several) for share in ("learned", "kept")))
-        for name, several in runs.items()
-    ]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in hard:
+        points.setdefault(line["case"], []).append((line["learned"], line["kept"]))
     plot_learned_and_kept(points, options.output / "hard.png")
     return 0
 

@@ -242,16 +242,17 @@ def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> li
     if resume is not None and resume.name == f"checkpoint-{phase.steps}":
         model.load_state_dict(load_file(resume / "model.safetensors"))
         return torch.load(resume / "average_0.pt", weights_only=True)
+    warmup = min(phase.warmup_steps, phase.steps)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=phase.steps,
         per_device_train_batch_size=1,
         learning_rate=phase.learning_rate,
         weight_decay=0.1,
-        warmup_steps=min(phase.warmup_steps, phase.steps),
+        warmup_steps=warmup,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={
-            "num_decay_steps": phase.steps - max(phase.warmup_steps, int(phase.decay_from * phase.steps)),
+            "num_decay_steps": phase.steps - max(warmup, int(phase.decay_from * phase.steps)),
             "min_lr_ratio": 0.02,
         },
         logging_steps=LOGGING_STEPS,

@@ -1,7 +1,8 @@
 """Curves as PNG: loss and accuracy of a training, what the recipes reach, and what adapters learn and keep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 
@@ -66,11 +67,12 @@ def plot_run(log: Sequence[dict[str, Any]], trained: str, judged: str, path: str
     pyplot.close(figure)
 
 
-def plot_learned_and_kept(points: Sequence[tuple[str, float, float]], path: str | Path) -> None:
-    """Draws each way to train as a point: the share learned of something new, and the share kept of the old.
+def plot_learned_and_kept(runs: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:
+    """Draws each way to train as a point with bars: the share learned of something new, and that kept of the old.
 
     Args:
-        points: label, share learned, share kept.
+        runs: label, and of each run the share learned and the share kept. The point is their mean, the bars go from
+            the lowest to the highest.
         path: PNG to write.
 
     Raises:
@@ -78,12 +80,18 @@ def plot_learned_and_kept(points: Sequence[tuple[str, float, float]], path: str 
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for number, (label, learned, kept) in enumerate(points):
+    for number, (label, shares) in enumerate(runs.items()):
+        means, bars = [], []
+        for values in zip(*shares):
+            middle = mean(values)
+            means.append(100 * middle)
+            bars.append([[100 * (middle - min(values))], [100 * (max(values) - middle)]])
         marker = "os^Dv<>PX*"[number // 10 % 10]
-        axes.scatter(100 * learned, 100 * kept, color=f"C{number % 10}", marker=marker, label=label)
+        name = f"{label} ({len(shares)})"
+        axes.errorbar(*means, *reversed(bars), fmt=marker, color=f"C{number % 10}", label=name, capsize=2)
     axes.set(xlabel="new questions answered exactly, %", ylabel="old questions answered exactly, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="in brackets: seeds", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
