@@ -182,7 +182,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
-        warmup_steps=min(options.warmup_steps, options.max_steps if options.max_steps > 0 else options.warmup_steps),
+        warmup_steps=options.warmup_steps if options.max_steps < 1 else min(options.warmup_steps, options.max_steps),
         lr_scheduler_type="cosine_warmup_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         # At 2 gradient steps the embedding gets none.
@@ -235,7 +235,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     averages = _processes() if options.fsdp else 1
     _same_options(options, work)
     resume = last_checkpoint(work, with_average=bool(options.average), averages=averages)
-    callbacks: list[Any] = [GradientStepsWarmup(*options.gradient_steps, options.gradient_warmup)]
+    warmup = GradientStepsWarmup(*options.gradient_steps, options.gradient_warmup)
     average = AverageWeights(options.average, resume) if options.average else None
     trainer = HrmTextTrainer(
         model,
@@ -244,7 +244,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         data_collator=PrefixLMCollator(tokenizer.pad_token_id, packed=options.packed),
         processing_class=tokenizer,
         optimizer=options.optimizer,
-        callbacks=[*callbacks, average] if average else callbacks,
+        callbacks=[warmup, average] if average else [warmup],
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.unwrap_model(trainer.model_wrapped).config.use_cache = True  # the trainer switches it off
