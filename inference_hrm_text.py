@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from .cache_hrm_text import HrmTextCache
 from .kernels_hrm_text import has_own_call, is_enabled, use_kernels
-from .packed_hrm_text import is_packed, pack_model, unpack_model
+from .packed_hrm_text import is_packed, pack_model, quantize_model, unpack_model
 from .versions_hrm_text import static_capacity
 
 
@@ -433,7 +433,9 @@ class InferenceMixin:
 
     _decoder: CapturedDecoder | None = None
 
-    def optimize_for_inference(self, compile_layers: bool = False) -> Any:
+    def optimize_for_inference(
+        self, compile_layers: bool = False, weights: str | None = None, keep_weights: bool = True
+    ) -> Any:
         """Makes decoding (and on the CPU prefill) faster; outputs are the same within rounding.
 
         On the CPU the linear layers take oneDNN's packed layout where a quick measurement says that it pays (bfloat16
@@ -447,16 +449,33 @@ class InferenceMixin:
         Args:
             compile_layers: on CUDA, also compile one layer, whose graph serves all layer calls of the captured steps;
                 the first step then takes some seconds longer.
+            weights: on the CPU, "int8" or "int4" also rounds the weights of the projections and of the output head,
+                in seconds; see `quantized_hrm_text.py`. Answers then are those of the rounded weights, by whatever
+                path and also with the fast kernels switched off (slowly). None leaves them as they are.
+            keep_weights: with `weights`, whether undoing gives back the weights before rounding, which stay in memory
+                for it (and are what `state_dict()` and `save_pretrained` see). False frees them: from then on the
+                rounded ones are the weights of the model.
 
         Returns:
             The model itself.
+
+        Raises:
+            ValueError: `weights` is another word, or the model is not on a CPU.
         """
+        if weights not in (None, "int8", "int4"):
+            raise ValueError(f"`weights` is {weights!r}: give 'int8' or 'int4', or None to leave them as they are.")
+        if weights is not None and self.device.type != "cpu":
+            raise ValueError(
+                f"`weights={weights!r}` rounds for a processor and the model is on {self.device.type!r}: move it to "
+                "'cpu', or quantize the folder with `convert_weights.py`."
+            )
         self.undo_inference_optimization()
         self.eval()
         if self.device.type == "cpu":
+            quantized = 0 if weights is None else quantize_model(self, weights, keep_weights)
             if compile_layers:
                 logger.warning_once("`compile_layers=True` is of use on CUDA only: packed weights cannot be compiled.")
-            if pack_model(self) == 0:
+            if pack_model(self) + quantized == 0:
                 logger.warning_once(
                     "`optimize_for_inference` packed nothing: the fast kernels are switched off, torch is in "
                     "deterministic mode, or oneDNN's packed weights are missing here or not faster for this model. "

@@ -48,6 +48,7 @@ from .kernels_hrm_text import fused_norm, fused_split_and_rotate, fused_swiglu, 
 from .layout_hrm_text import PromptLayout, StepLayout, TokenLayout, recognise_embeddings, values_are_readable
 from .loading_hrm_text import LoadingMixin
 from .packed_hrm_text import PackedLinear  # noqa: F401  (transformers before 5.10 copies what this module names)
+from .quantized_hrm_text import QuantizedMatrix  # noqa: F401  (for the same reason)
 from .reading_hrm_text import Call, read_layout, read_step
 from .versions_hrm_text import (
     CACHE_NAME,

@@ -1,7 +1,9 @@
-"""Linear layers whose weights lie in oneDNN's packed layout, which the processor reads at memory speed.
+"""Linear layers whose weights lie in oneDNN's packed layout or are quantized, which the processor reads faster.
 
-A packed weight is the only copy of its values, and its Parameter stays the object that it was. Every use of the values
-from outside lays it out plainly again, bit for bit. With `kernels_hrm_text.py` switched off, nothing is packed.
+The Parameter of a packed weight stays the object that it was. Every use of its values from outside lays it out plainly
+again, bit for bit. A weight in oneDNN's layout is the only copy of its values; one that was quantized keeps them beside
+(or, where the caller gave them up, is laid out with the rounded ones). With `kernels_hrm_text.py` switched off, nothing
+takes oneDNN's layout; weights are quantized all the same, since that is no measurement's choice but the caller's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import logging
 
 from .kernels_hrm_text import is_eager, is_enabled, least_seconds
+from .quantized_hrm_text import QuantizedMatrix, quantize
 
 
 logger = logging.get_logger(__name__)
@@ -31,14 +34,14 @@ _layout_lock = threading.RLock()
 
 
 class PackedParameter(nn.Parameter):
-    """The weight of a packed layer: the same Parameter object, whose only values lie in oneDNN's packed layout.
+    """The weight of a packed layer: the same Parameter object, whose values lie in oneDNN's layout or are quantized.
 
     Its shape, dtype, flags and gradient are as ever. Whatever else is done with it (an optimizer's step, a merge of
     adapters, a pruning, a read of its values) first lays it out plainly again, bit for bit, and then sees an ordinary
     `nn.Parameter` in an ordinary `nn.Linear`.
     """
 
-    _packed: torch.Tensor
+    _packed: torch.Tensor | QuantizedMatrix
     _layer: weakref.ref
 
     @classmethod
@@ -111,6 +114,10 @@ class PackedLinear(nn.Linear):
             weight = nn.Parameter(packed.to_dense(), requires_grad=weight.requires_grad)
         return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
 
+    def _matrix(self) -> QuantizedMatrix | None:
+        packed = getattr(self._parameters["weight"], "_packed", None)
+        return packed if isinstance(packed, QuantizedMatrix) else None
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         plain = nn.Linear.__new__(nn.Linear)
         plain.__dict__ = self._plain_members()
@@ -127,18 +134,27 @@ class PackedLinear(nn.Linear):
         return self
 
     def _repack_after(self, change: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        matrix = self._matrix()
         lay_out(self._parameters["weight"])
         change(self, *args, **kwargs)
-        if can_pack(self):
-            pack_linear(self)
+        if matrix is None:
+            if can_pack(self):
+                pack_linear(self)
+        elif can_quantize(self):
+            weight = self._parameters["weight"].detach()
+            same = weight.dtype is matrix.dtype and torch.equal(weight, matrix.to_dense())
+            pack_linear(self, matrix.keeping(weight) if same else matrix.anew(weight))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._plain_members()
+        return {**self._plain_members(), "_hrm_text_matrix": self._matrix()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        matrix = state.pop("_hrm_text_matrix", None)
         super().__setstate__(state)
         self.__class__ = nn.Linear
-        if can_pack(self):
+        if matrix is not None:
+            pack_linear(self, matrix.keeping(self.weight.detach()))
+        elif can_pack(self):
             pack_linear(self)
 
 
@@ -147,7 +163,13 @@ def _outside_of_graphs(layer: PackedLinear, input: torch.Tensor) -> torch.Tensor
     return nn.Linear.forward(layer, input) if type(layer) is not PackedLinear else layer.forward(input)
 
 
-def _multiply(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply(
+    input: torch.Tensor, packed: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(packed, QuantizedMatrix):
+        autocast = torch.is_autocast_enabled("cpu")
+        output = packed.multiply(input, torch.get_autocast_dtype("cpu") if autocast else input.dtype)
+        return output if bias is None else output + bias
     fits = input.dtype is packed.dtype and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
     if not fits or not is_enabled():
         return F.linear(input, packed.to_dense(), bias)
@@ -170,7 +192,7 @@ class _PackedProduct(torch.autograd.Function):
             lay_out(weight)
             plain = weight
         else:
-            plain = ctx.packed.to_dense()
+            plain = ctx.packed.dequantized() if isinstance(ctx.packed, QuantizedMatrix) else ctx.packed.to_dense()
         of_input = (grad @ plain.to(grad.dtype)).to(input.dtype) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
@@ -183,26 +205,39 @@ def _packed_form(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-def can_pack(module: nn.Module) -> bool:
-    """Whether the module is a plain linear layer on the CPU of a dtype that this torch and processor pack."""
+def _is_ordinary(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer on the CPU, whose weight is an ordinary parameter."""
     # Layers of quantizers, adapters and parametrizations have other types, of the layer or of its weight.
     if type(module) not in (nn.Linear, PackedLinear) or "forward" in vars(module):
         return False
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.layout is not torch.strided:
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or weight.is_inference():
+    return weight.numel() > 0 and not weight.is_inference()
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer on the CPU of a dtype that this torch and processor pack."""
+    if not _is_ordinary(module) or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if weight.dtype is torch.bfloat16:
+    if module.weight.dtype is torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype is torch.float32 and weight.numel() > 0
+    return module.weight.dtype is torch.float32
 
 
-def pack_linear(module: nn.Linear) -> None:
-    """Packs the weight; the Parameter object stays the same, and its plain values are freed."""
+def can_quantize(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer on the CPU, of one of the dtypes that models come in."""
+    return _is_ordinary(module) and module.weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def pack_linear(module: nn.Linear, packed: QuantizedMatrix | None = None) -> None:
+    """Packs the weight, or puts a quantized matrix in its place; the Parameter object stays the same.
+
+    Nothing but a quantized matrix that keeps them holds the plain values afterwards.
+    """
     weight = module.weight
     with _layout_lock, torch.inference_mode(False), torch.no_grad():
-        packed = _packed_form(weight.detach())
+        packed = _packed_form(weight.detach()) if packed is None else packed
         # One number stands for all, so that shape and dtype are told rightly and no memory is held.
         weight.data = torch.full((1, 1), float("nan"), dtype=weight.dtype).expand(weight.shape)
         weight._packed, weight._layer = packed, weakref.ref(module)
@@ -247,7 +282,7 @@ def packing_pays(weight: torch.Tensor) -> bool:
     return packed_seconds <= plain_seconds * _TOLERATED
 
 
-def packable(model: nn.Module) -> Iterator[nn.Linear]:
+def packable(model: nn.Module, can: Callable[[nn.Module], bool] = can_pack) -> Iterator[nn.Linear]:
     """Linear layers of the model that can be packed; a weight whose memory another parameter shares stays plain."""
 
     def place(weight: nn.Parameter) -> int:
@@ -258,7 +293,7 @@ def packable(model: nn.Module) -> Iterator[nn.Linear]:
         for parameter in module.parameters(recurse=False):
             owners[place(parameter)] = owners.get(place(parameter), 0) + 1
     for module in model.modules():
-        if can_pack(module) and owners[place(module.weight)] == 1:
+        if can(module) and owners[place(module.weight)] == 1:
             yield module
 
 
@@ -274,8 +309,29 @@ def pack_model(model: nn.Module) -> int:
     return sum(type(parameter) is PackedParameter for parameter in model.parameters())
 
 
+# Which matrices take part, and their bits with `weights="int4"`. The inputs of the last two have elements far above the
+# others, and `down_proj` costs the most quality in 4 bits for its size: both were measured on trained weights.
+_QUANTIZED = {"gqkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 8, "lm_head": 8}
+_TWO_DIGITS = ("down_proj", "lm_head")
+
+
+def quantize_model(model: nn.Module, weights: str, keep: bool) -> int:
+    """Quantizes the projections and the output head, one at a time; returns how many are quantized now.
+
+    Args:
+        weights: "int8" or "int4".
+        keep: whether the plain values are kept, for `unpack_model` to give back.
+    """
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    for module in [module for module in packable(model, can_quantize) if names[module] in _QUANTIZED]:
+        name = names[module]
+        bits = 8 if weights == "int8" else _QUANTIZED[name]
+        pack_linear(module, quantize(module.weight, bits, 2 if name in _TWO_DIGITS else 1, keep))
+    return sum(isinstance(getattr(parameter, "_packed", None), QuantizedMatrix) for parameter in model.parameters())
+
+
 def unpack_model(model: nn.Module) -> None:
-    """Reverses `pack_model`."""
+    """Reverses `pack_model` and `quantize_model`."""
     for parameter in model.parameters():
         lay_out(parameter)
 
@@ -285,4 +341,13 @@ def is_packed(model: nn.Module) -> bool:
     return any(type(parameter) is PackedParameter for parameter in model.parameters())
 
 
-__all__ = ["PackedLinear", "is_packed", "lay_out", "pack_linear", "pack_model", "packable", "unpack_model"]
+__all__ = [
+    "PackedLinear",
+    "is_packed",
+    "lay_out",
+    "pack_linear",
+    "pack_model",
+    "packable",
+    "quantize_model",
+    "unpack_model",
+]

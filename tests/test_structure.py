@@ -28,13 +28,15 @@ ARROWS = {
     "chat": "",
     "configuration": "versions",
     "tokenization": "chat versions",
-    "packed": "kernels",
+    "quantized": "kernels",
+    "packed": "kernels quantized",
     "loading": "versions",
     "reading": "cache layout versions",
     "attention": "kernels layout versions",
     "generation": "cache layout reading versions",
     "inference": "cache kernels packed versions",
-    "modeling": "attention cache configuration generation inference kernels layout loading packed reading versions",
+    "modeling": "attention cache configuration generation inference kernels layout loading packed quantized reading "
+    "versions",
 }
 MOST_LINES = 550
 LONGER = {

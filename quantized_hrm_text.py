@@ -1,0 +1,365 @@
+"""Matrices of 8 and 4 bits, for `optimize_for_inference(weights=...)` on a processor.
+
+A weight is `scale[o] * values[o, i]`, with `values` in int8 and one scale for each output. With 4 bits the values are
+built from codes: `values[o, i] = step[o, i // 32] * code[o, i] + least[o, i // 32]`, codes from 0 to 15, and still fit
+int8. So both are multiplied by the same rule, in integers:
+
+    x[r, i] ~ size[r] * (first[r, i] + second[r, i] / 254),   first, second in -127 ... 127
+    output[r, o] = size[r] * scale[o] * sum_i (first[r, i] + second[r, i] / 254) * values[o, i]
+
+`size[r]` is taken from row r alone, never from its neighbours: a token's answer does not depend on the batch. `second`
+is left out where the inputs come from a norm, and kept where they are products of gates, whose largest elements are far
+above the others: the second digit costs a second row in the product, and removes most of what rounding the inputs costs.
+
+The operators are torch's own. Which one multiplies depends on the number of rows and on the processor; all of them sum
+the same integers, so their outputs differ by the rounding of the sum alone. `is_exact` tests each once in a process on
+the largest numbers there can be. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the
+plain formula takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+from .kernels_hrm_text import is_enabled
+
+
+logger = logging.get_logger(__name__)
+
+_LARGEST = 127
+# One unit of the second digit: its largest value is half a unit of the first.
+_SECOND = 254
+GROUP = 32
+# Codes times steps may stand above the largest weight by half a step; the values still have to fit int8.
+_ROOM = 118
+_CODES = 15
+# The 4-bit operator takes its time for each row; from here on, laying codes out in 8 bits costs less.
+_MOST_ROWS_OF_CODES = 24
+# Columns that are laid out at a time, so that they stay in the processor's caches until they are multiplied.
+_BLOCKS_AT_A_TIME = 16
+# Rows of weights that are rounded at a time, for the same reason.
+_ROUNDED_ROWS = 64
+
+
+# ---- rounding -------------------------------------------------------------------------------------------------------
+
+
+def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds to nearest with one scale a row: values int8 [out, in] and scale float32 [out]."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
+    return (wide / scale[:, None]).round_().to(torch.int8), scale
+
+
+def round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounds to 4-bit codes in groups of 32, with the step and offset of least squared error of those tried.
+
+    Returns:
+        codes uint8 [out, in]; step and least, int8 [out, in / 32]; scale float32 [out].
+    """
+    parts = [_round_groups(rows.float()) for rows in weight.split(_ROUNDED_ROWS)]
+    return tuple(torch.cat(kind) for kind in zip(*parts))
+
+
+def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, width = weight.shape
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _ROOM
+    x = (weight / scale).view(out, width // GROUP, GROUP)
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    widest = ((high - low) / _CODES).ceil()
+    best: tuple[torch.Tensor, ...] = ()
+    for narrower in range(4):
+        # A narrower step cuts off the ends of a group and rounds all the others more finely.
+        step = (widest - narrower).clamp_(min=1)
+        least = ((low + high - _CODES * step) / 2).round_()
+        least = (x - step * _codes(x, step, least)).mean(dim=-1, keepdim=True).round_()
+        least = torch.minimum(least.clamp_(min=-_LARGEST), _LARGEST - _CODES * step)
+        codes = _codes(x, step, least)
+        error = (step * codes + least - x).square_().sum(dim=-1, keepdim=True)
+        if best:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, codes, step, least), best))
+        else:
+            best = (error, codes, step, least)
+    _, codes, step, least = best
+    values = (step * codes + least).view(out, width)
+    # The scale of least squared error for these values.
+    square = values.square().sum(dim=1)
+    scale = torch.where(square > 0, (values * weight).sum(dim=1) / square.clamp_min(1), scale[:, 0])
+    return codes.view(out, width).to(torch.uint8), step[..., 0].to(torch.int8), least[..., 0].to(torch.int8), scale
+
+
+def _codes(x: torch.Tensor, step: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    return ((x - least) / step).round_().clamp_(0, _CODES)
+
+
+def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as whole numbers: [digits * rows, in], all first digits and then all second ones, and their unit [rows, 1].
+
+    Args:
+        x: [rows, in].
+        digits: 1 or 2.
+        steps: the number that the largest element of a row becomes, before rounding.
+    """
+    wide = x.float()
+    size = torch.linalg.vector_norm(wide, float("inf"), dim=-1, keepdim=True)
+    size = size.clamp_min_(torch.finfo(torch.float32).tiny).div_(steps)
+    scaled = wide / size
+    first = scaled.round().clamp_(-_LARGEST - 1, _LARGEST)
+    if digits == 1:
+        return first, size
+    second = scaled.sub_(first).mul_(_SECOND).round_()
+    return torch.cat((first, second)), size
+
+
+# ---- matrices -------------------------------------------------------------------------------------------------------
+
+
+class QuantizedMatrix:
+    """A weight in 8 bits, with one scale a row.
+
+    Args:
+        values: int8 [out, in].
+        scale: float32 [out].
+        dtype: of the weight that it stands for.
+        digits: of the inputs, 1 or 2.
+        steps: as of `split_digits`.
+        plain: the weight itself, to be given back by `to_dense`; None to free it.
+    """
+
+    bits = 8
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        digits: int = 1,
+        steps: float = _LARGEST,
+        plain: torch.Tensor | None = None,
+    ):
+        self.shape, self.dtype, self.scale, self.plain = values.shape, dtype, scale, plain
+        self.digits, self.steps, self.keeps = digits, steps, plain is not None
+        self._store(values)
+
+    def _store(self, values: torch.Tensor) -> None:
+        self._values: torch.Tensor | None = values
+        self._packed: Any = None
+        if rows_are_exact():
+            self._values, self._packed = None, _pack_rows(values, self.scale)
+
+    def values(self) -> torch.Tensor:
+        """int8 [out, in]."""
+        return self._values if self._packed is None else torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+
+    def dequantized(self) -> torch.Tensor:
+        """What the matrix stands for, [out, in] in its dtype."""
+        return (self.values().float() * self.scale[:, None]).to(self.dtype)
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight before rounding where it was kept, else the rounded one."""
+        return self.dequantized() if self.plain is None else self.plain
+
+    def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[..., in] -> [..., out] in a dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        digits, size = split_digits(rows, self.digits, self.steps)
+        sums = self._sums(digits, dtype) if is_enabled() and len(rows) else self._plain_sums(digits)
+        if self.digits == 2:
+            first, second = sums.split(len(rows))
+            sums = torch.add(first, second, alpha=1 / _SECOND)
+        return (sums * size).to(dtype).view(*x.shape[:-1], -1)
+
+    def _plain_sums(self, digits: torch.Tensor) -> torch.Tensor:
+        """The scaled sums, float32 [rows, out], by the formula itself."""
+        return F.linear(digits, self.values().float()) * self.scale
+
+    def _sums(self, digits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same by the operator for these rows and this dtype."""
+        if self._packed is None:
+            return self._plain_sums(digits)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            digits, 1.0, _LARGEST + 1, self._packed
+        )
+
+    def keeping(self, weight: torch.Tensor) -> QuantizedMatrix:
+        """Itself, over another copy of the weight that it keeps, if it keeps one."""
+        if self.keeps:
+            self.plain = weight
+        return self
+
+    def anew(self, weight: torch.Tensor) -> QuantizedMatrix:
+        """A matrix of the same kind for other values of the weight."""
+        return quantize(weight, self.bits, self.digits, self.keeps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the plain weight, which the layer hands on.
+        arguments = (self.values(), self.scale, self.dtype, self.digits, self.steps)
+        return type(self), arguments, {"keeps": self.keeps}
+
+
+class GroupedMatrix(QuantizedMatrix):
+    """A weight in 4 bits.
+
+    Args:
+        codes: uint8 [out, in], 0 to 15; `in` is a multiple of 32.
+        step, least: int8 [out, in / 32].
+        The others are those of `QuantizedMatrix`.
+    """
+
+    bits = 4
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        step: torch.Tensor,
+        least: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        digits: int = 1,
+        plain: torch.Tensor | None = None,
+    ):
+        self.shape, self.dtype, self.scale, self.plain = codes.shape, dtype, scale, plain
+        self.digits, self.steps, self.keeps = digits, _LARGEST, plain is not None
+        # The operator multiplies (code - 8) * step + zero; both are whole numbers that bfloat16 holds exactly.
+        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        pairs = (step.mT.float(), least.mT.float() + 8 * step.mT.float())
+        self._groups = torch.stack(pairs, dim=-1).to(torch.bfloat16)
+
+    def values(self) -> torch.Tensor:
+        return torch.cat([part.mT for part in self._columns(self._blocks())], dim=0).contiguous()
+
+    def _blocks(self) -> int:
+        return self.shape[0] // _CODE_COLUMNS
+
+    def _columns(self, at_a_time: int) -> Iterator[torch.Tensor]:
+        """The values of so many blocks of columns at a time, int8 [in, columns]; each overwrites the one before."""
+        width, half = self.shape[1], _CODE_COLUMNS // 2
+        packed = self._codes.view(-1, width, half)
+        step = self._groups[..., 0].to(torch.int8)
+        least = self._groups[..., 1].sub(self._groups[..., 0], alpha=8).to(torch.int8)
+        room = torch.empty(width, min(at_a_time, len(packed)) * _CODE_COLUMNS, dtype=torch.int8)
+        for start in range(0, len(packed), at_a_time):
+            part = packed[start : start + at_a_time].transpose(0, 1)
+            values = room[:, : part.shape[1] * _CODE_COLUMNS]
+            if values.shape[1] != room.shape[1]:
+                values = torch.empty_like(values, memory_format=torch.contiguous_format)
+            low, high = values.view(torch.uint8).view(width, -1, 2, half).unbind(2)
+            torch.bitwise_and(part, 15, out=low)
+            torch.bitwise_right_shift(part, 4, out=high)
+            here = slice(start * _CODE_COLUMNS, start * _CODE_COLUMNS + values.shape[1])
+            grouped = values.view(-1, GROUP, values.shape[1])
+            yield torch.addcmul(least[:, None, here], grouped, step[:, None, here], out=grouped).view(values.shape)
+
+    def _sums(self, digits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype is torch.bfloat16 and len(digits) <= _MOST_ROWS_OF_CODES:
+            narrow = digits.to(torch.bfloat16)
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self._codes, GROUP, self._groups) * self.scale
+        whole = digits.to(torch.int8)
+        sums = torch.empty(len(digits), self.shape[0])
+        start = 0
+        for values in self._columns(_BLOCKS_AT_A_TIME):
+            stop = start + values.shape[1]
+            torch.mul(torch._int_mm(whole, values), self.scale[start:stop], out=sums[:, start:stop])
+            start = stop
+        return sums
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values, step = self.values(), self._groups[..., 0].mT.to(torch.int8)
+        least = self._groups[..., 1].sub(self._groups[..., 0], alpha=8).mT.to(torch.int8)
+        grouped = values.view(len(values), -1, GROUP).int()
+        codes = (grouped - least[..., None]).div_(step[..., None], rounding_mode="trunc").to(torch.uint8)
+        arguments = (codes.view_as(values), step, least, self.scale, self.dtype, self.digits)
+        return type(self), arguments, {"keeps": self.keeps}
+
+
+@torch.no_grad()
+def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True) -> QuantizedMatrix:
+    """Rounds a weight [out, in] to nearest.
+
+    Args:
+        bits: 8 or 4. A matrix that the 4-bit operator does not take is stored in 8 bits, with the same values.
+        digits: as of `QuantizedMatrix`.
+        keep: whether the matrix holds the weight itself too.
+    """
+    plain = weight.detach() if keep else None
+    if bits == 8 or weight.shape[1] % GROUP:
+        return QuantizedMatrix(*round_rows(weight), weight.dtype, digits, plain=plain)
+    codes, step, least, scale = round_groups(weight)
+    if codes_are_exact() and weight.shape[0] % _CODE_COLUMNS == 0:
+        return GroupedMatrix(codes, step, least, scale, weight.dtype, digits, plain=plain)
+    grouped = codes.view(len(codes), -1, GROUP).to(torch.int8)
+    values = (grouped * step[..., None] + least[..., None]).view(weight.shape)
+    return QuantizedMatrix(values, scale, weight.dtype, digits, plain=plain)
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+# So many outputs lie together in the 4-bit layout: for each input, the codes of the first half in the lower four bits
+# of the bytes, and those of the other half in the upper four.
+_CODE_COLUMNS = 64
+
+
+def _pack_rows(values: torch.Tensor, scale: torch.Tensor) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
+        tensor = torch._make_per_channel_quantized_tensor(
+            values, scale.double(), torch.zeros(len(values), dtype=torch.long), 0
+        )
+        return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+@functools.cache
+def rows_are_exact() -> bool:
+    """Whether the 8-bit operator is here and sums rightly: without VNNI instructions it may saturate."""
+    try:
+        values = torch.full((64, 256), _LARGEST, dtype=torch.int8)
+        values[1::2].neg_()
+        rows = torch.full((3, 256), float(_LARGEST))
+        rows[1:].neg_()
+        matrix = QuantizedMatrix.__new__(QuantizedMatrix)
+        matrix._values, matrix._packed, matrix.scale = values, _pack_rows(values, torch.ones(64)), torch.ones(64)
+        with torch.no_grad():
+            exact = torch.equal(matrix._sums(rows, torch.float32), F.linear(rows, values.float()))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        exact = False
+    if not exact:
+        logger.warning_once(
+            "this torch or processor lacks exact products of 8-bit numbers: quantized weights are multiplied by the "
+            "plain formula, which is slow."
+        )
+    return exact
+
+
+@functools.cache
+def codes_are_exact() -> bool:
+    """Whether the 4-bit operator is here, sums rightly, and has the layout that `_columns` reads."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(16, (2 * _CODE_COLUMNS, 2 * GROUP), generator=generator, dtype=torch.uint8)
+        step = torch.randint(1, 8, (len(codes), 2), generator=generator, dtype=torch.int8)
+        matrix = GroupedMatrix(codes, step, -8 * step, torch.ones(len(codes)), torch.bfloat16)
+        values = ((codes.view(-1, 2, GROUP).int() - 8) * step[..., None]).view(codes.shape)
+        exact = torch.equal(matrix.values().int(), values)
+        rows = torch.zeros(1, codes.shape[1])
+        rows[0, 5] = 1
+        for dtype in (torch.bfloat16, torch.float32):
+            exact = exact and torch.equal(matrix._sums(rows, dtype)[0], values[:, 5].float())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        exact = False
+    if not exact:
+        logger.warning_once(
+            "this torch or processor lacks a 4-bit product that this code can read: weights rounded to 4 bits are "
+            "stored in 8."
+        )
+    return exact
+
+
+__all__ = ["GroupedMatrix", "QuantizedMatrix", "quantize"]
