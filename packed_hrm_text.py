@@ -1,9 +1,9 @@
 """Linear layers whose weights lie in oneDNN's packed layout or are quantized, which the processor reads faster.
 
 The Parameter of a packed weight stays the object that it was. Every use of its values from outside lays it out plainly
-again, bit for bit. A weight in oneDNN's layout is the only copy of its values; one that was quantized keeps them beside
-(or, where the caller gave them up, is laid out with the rounded ones). With `kernels_hrm_text.py` switched off, nothing
-takes oneDNN's layout; weights are quantized all the same, since that is no measurement's choice but the caller's.
+again, bit for bit. A weight in oneDNN's layout is the only copy of its values. One that was quantized keeps them beside
+it, or, where the caller gave them up, is laid out with the rounded ones. With `kernels_hrm_text.py` switched off,
+nothing takes oneDNN's layout. Weights are quantized all the same: the caller chooses that, and no measurement.
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ def _outside_of_graphs(layer: PackedLinear, input: torch.Tensor) -> torch.Tensor
     return nn.Linear.forward(layer, input) if type(layer) is not PackedLinear else layer.forward(input)
 
 
-def _multiply(
-    input: torch.Tensor, packed: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _multiply(input: torch.Tensor, packed: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     if isinstance(packed, QuantizedMatrix):
         autocast = torch.is_autocast_enabled("cpu")
         output = packed.multiply(input, torch.get_autocast_dtype("cpu") if autocast else input.dtype)
@@ -309,8 +307,8 @@ def pack_model(model: nn.Module) -> int:
     return sum(type(parameter) is PackedParameter for parameter in model.parameters())
 
 
-# Which matrices take part, and their bits with `weights="int4"`. The inputs of the last two have elements far above the
-# others, and `down_proj` costs the most quality in 4 bits for its size: both were measured on trained weights.
+# Which matrices take part, and their bits with `weights="int4"`. The inputs of the last two have elements far above
+# the others, and `down_proj` costs the most quality in 4 bits for its size: both were measured on trained weights.
 _QUANTIZED = {"gqkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 8, "lm_head": 8}
 _TWO_DIGITS = ("down_proj", "lm_head")
 

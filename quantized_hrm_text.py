@@ -8,13 +8,13 @@ int8. So both are multiplied by the same rule, in integers:
     output[r, o] = size[r] * scale[o] * sum_i (first[r, i] + second[r, i] / 254) * values[o, i]
 
 `size[r]` is taken from row r alone, never from its neighbours: a token's answer does not depend on the batch. `second`
-is left out where the inputs come from a norm, and kept where they are products of gates, whose largest elements are far
-above the others: the second digit costs a second row in the product, and removes most of what rounding the inputs costs.
+is left out where the inputs come from a norm. It is kept where they are products of gates, whose largest elements are
+far above the others: it costs a second row in the product, and removes most of what rounding the inputs costs.
 
-The operators are torch's own. Which one multiplies depends on the number of rows and on the processor; all of them sum
-the same integers, so their outputs differ by the rounding of the sum alone. `is_exact` tests each once in a process on
-the largest numbers there can be. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the
-plain formula takes its place.
+The operators are torch's own. Which one multiplies depends on the number of rows and on the processor. All of them sum
+the same integers, so their outputs differ by the rounding of the sum alone. `rows_are_exact` and `codes_are_exact` test
+them once in a process. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the plain
+formula takes its place.
 """
 
 from __future__ import annotations
