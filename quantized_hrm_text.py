@@ -12,8 +12,8 @@ is left out where the inputs come from a norm. It is kept where they are product
 far above the others: it costs a second row in the product, and removes most of what rounding the inputs costs.
 
 The operators are torch's own. Which one multiplies depends on the number of rows and on the processor. All of them sum
-the same integers, so their outputs differ by the rounding of the sum alone. `rows_are_exact` and `codes_are_exact` test
-them once in a process. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the plain
+the same integers, so their outputs differ by the rounding of the sum alone. `rows_are_exact` and `codes_are_exact`
+test them once in a process. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the plain
 formula takes its place.
 """
 
@@ -45,7 +45,7 @@ _MOST_ROWS_OF_CODES = 24
 # Columns that are laid out at a time, so that they stay in the processor's caches until they are multiplied.
 _BLOCKS_AT_A_TIME = 16
 # Rows of weights that are rounded at a time, for the same reason.
-_ROUNDED_ROWS = 64
+_ROUNDED_ROWS = 256
 
 
 # ---- rounding -------------------------------------------------------------------------------------------------------
