@@ -1,9 +1,9 @@
 """Linear layers whose weights lie in oneDNN's packed layout or are quantized, which the processor reads faster.
 
-The Parameter of a packed weight stays the object that it was. Every use of its values from outside lays it out
-plainly again, bit for bit. A weight in oneDNN's layout is the only copy of its values. One that was quantized keeps them beside
-it, or, where the caller gave them up, is laid out with the rounded ones. With `kernels_hrm_text.py` switched off,
-nothing takes oneDNN's layout. Weights are quantized all the same: the caller chooses that, and no measurement.
+The Parameter of a packed weight stays the object that it was. Every use of its values from outside lays it out plainly
+again, bit for bit. A weight in oneDNN's layout is the only copy of its values. One that was quantized keeps them
+beside it, or, where the caller gave them up, is laid out with the rounded ones. With `kernels_hrm_text.py` switched
+off, nothing takes oneDNN's layout. Weights are quantized all the same: the caller chooses that, and no measurement.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ far above the others: it costs a second row in the product, and removes most of 
 
 The operators are torch's own. Which one multiplies depends on the number of rows and on the processor. All of them sum
 the same integers, so their outputs differ by the rounding of the sum alone. `rows_are_exact` and `codes_are_exact`
-test them once in a process. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the plain
-formula takes its place.
+test them once in a process. Where one is missing or saturates, and where `kernels_hrm_text.py` is switched off, the
+plain formula takes its place.
 """
 
 from __future__ import annotations
