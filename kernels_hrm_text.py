@@ -337,8 +337,10 @@ def vector_is_faster(outputs: int, inputs: int, threads: int) -> bool:
 
 # Below this many keys there is little to gain. The products round the scores to the cache's dtype, which the stock
 # kernel does not: they have to be clearly faster, which also keeps the choice the same from run to run.
-_LEAST_KEYS, _PRODUCTS_MARGIN = 512, 1.5
-_TIMED_KEYS, _TIMED_HEADS, _TIMED_QUERY_RUNS = 1024, 8, 5
+_LEAST_KEYS, _PRODUCTS_MARGIN = 128, 1.2
+# From here on, the ratio of the two no longer changes.
+_MOST_TIMED_KEYS = 1024
+_TIMED_HEADS, _TIMED_QUERY_RUNS = 12, 9
 
 
 def single_query_attention(
@@ -375,22 +377,24 @@ def single_query_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
         return False
     if not serves(query) or type(key) is not torch.Tensor or _records(query, key):
         return False
-    return products_are_faster(query.shape[3], torch.get_num_threads())
+    keys = min(1 << (key.shape[2].bit_length() - 1), _MOST_TIMED_KEYS)
+    return products_are_faster(query.shape[3], torch.get_num_threads(), keys)
 
 
 @functools.cache
-def products_are_faster(head_dim: int, threads: int) -> bool:
+def products_are_faster(head_dim: int, threads: int, keys: int) -> bool:
     """Times both ways on bfloat16 keys and values, once in a process; takes some milliseconds.
 
     Args:
         head_dim: of the model.
         threads: of torch, to measure again when it changes.
+        keys: how many; a power of two, so that a growing cache asks few times.
     """
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         query, key, value = (
             torch.randn(1, _TIMED_HEADS, length, head_dim, generator=generator).to(torch.bfloat16)
-            for length in (1, _TIMED_KEYS, _TIMED_KEYS)
+            for length in (1, keys, keys)
         )
         runs = (
             lambda: F.scaled_dot_product_attention(query, key, value),

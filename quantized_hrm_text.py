@@ -20,7 +20,6 @@ plain formula takes its place.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +33,7 @@ from .kernels_hrm_text import is_enabled
 logger = logging.get_logger(__name__)
 
 _LARGEST = 127
+_TINY = torch.finfo(torch.float32).tiny
 # One unit of the second digit: its largest value is half a unit of the first.
 _SECOND = 254
 GROUP = 32
@@ -54,7 +54,7 @@ _ROUNDED_ROWS = 256
 def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds to nearest with one scale a row: values int8 [out, in] and scale float32 [out]."""
     wide = weight.float()
-    scale = wide.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
+    scale = wide.abs().amax(dim=1).clamp_min(_TINY) / _LARGEST
     return (wide / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -70,7 +70,7 @@ def round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out, width = weight.shape
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _ROOM
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / _ROOM
     x = (weight / scale).view(out, width // GROUP, GROUP)
     low, high = x.aminmax(dim=-1, keepdim=True)
     widest = ((high - low) / _CODES).ceil()
@@ -100,23 +100,31 @@ def _codes(x: torch.Tensor, step: torch.Tensor, least: torch.Tensor) -> torch.Te
     return ((x - least) / step).round_().clamp_(0, _CODES)
 
 
-def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as whole numbers: [digits * rows, in], all first digits and then all second ones, and their unit [rows, 1].
+def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Rows as whole numbers: int8 [digits * rows, in], all first digits and then all second ones; and their unit.
 
     Args:
         x: [rows, in].
         digits: 1 or 2.
         steps: the number that the largest element of a row becomes, before rounding.
+
+    Returns:
+        The digits, and the unit float32 [rows, 1], for one row a number.
     """
-    wide = x.float()
-    size = torch.linalg.vector_norm(wide, float("inf"), dim=-1, keepdim=True)
-    size = size.clamp_min_(torch.finfo(torch.float32).tiny).div_(steps)
-    scaled = wide / size
-    first = scaled.round().clamp_(-_LARGEST - 1, _LARGEST)
+    if len(x) == 1:  # numbers are handed on faster than tensors of one element
+        size = max(x.abs().max().item(), _TINY) / steps
+        scaled = x.float().mul_(1 / size)
+    else:
+        size = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY).div_(steps)
+        scaled = x * size.reciprocal()
     if digits == 1:
-        return first, size
-    second = scaled.sub_(first).mul_(_SECOND).round_()
-    return torch.cat((first, second)), size
+        scaled = scaled.round_()
+        return (scaled if steps == _LARGEST else scaled.clamp_(max=_LARGEST)).to(torch.int8), size
+    both = torch.empty((2, *x.shape), dtype=torch.int8)
+    first = scaled.round()
+    both[0] = first
+    both[1] = scaled.sub_(first).mul_(_SECOND).round_()
+    return both.flatten(0, 1), size
 
 
 # ---- matrices -------------------------------------------------------------------------------------------------------
@@ -150,14 +158,13 @@ class QuantizedMatrix:
         self._store(values)
 
     def _store(self, values: torch.Tensor) -> None:
-        self._values: torch.Tensor | None = values
-        self._packed: Any = None
-        if rows_are_exact():
-            self._values, self._packed = None, _pack_rows(values, self.scale)
+        self._stored = torch.ops.onednn.qlinear_prepack(values, None) if rows_are_exact() else values
+        # The operator asks for them.
+        self._zeros = torch.zeros(len(values), dtype=torch.int64)
 
     def values(self) -> torch.Tensor:
         """int8 [out, in]."""
-        return self._values if self._packed is None else torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+        return self._stored.to_dense().mT.contiguous() if self._stored.is_mkldnn else self._stored
 
     def dequantized(self) -> torch.Tensor:
         """What the matrix stands for, [out, in] in its dtype."""
@@ -171,22 +178,28 @@ class QuantizedMatrix:
         """[..., in] -> [..., out] in a dtype."""
         rows = x.reshape(-1, x.shape[-1])
         digits, size = split_digits(rows, self.digits, self.steps)
-        sums = self._sums(digits, dtype) if is_enabled() and len(rows) else self._plain_sums(digits)
+        unit = size if isinstance(size, float) else 1.0
+        sums = self._sums(digits, unit, dtype) if is_enabled() and len(rows) else self._plain_sums(digits, unit)
         if self.digits == 2:
             first, second = sums.split(len(rows))
-            sums = torch.add(first, second, alpha=1 / _SECOND)
-        return (sums * size).to(dtype).view(*x.shape[:-1], -1)
+            sums = first.add_(second, alpha=1 / _SECOND)
+        if unit is not size:
+            sums = sums.mul_(size)
+        return sums.to(dtype).view(*x.shape[:-1], -1)
 
-    def _plain_sums(self, digits: torch.Tensor) -> torch.Tensor:
-        """The scaled sums, float32 [rows, out], by the formula itself."""
-        return F.linear(digits, self.values().float()) * self.scale
+    def _plain_sums(self, digits: torch.Tensor, unit: float) -> torch.Tensor:
+        """The sums of each row of digits, float32 [digits * rows, out], by the formula itself."""
+        return F.linear(digits.float(), self.values().float()).mul_(self.scale).mul_(unit)
 
-    def _sums(self, digits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The same by the operator for these rows and this dtype."""
-        if self._packed is None:
-            return self._plain_sums(digits)
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            digits, 1.0, _LARGEST + 1, self._packed
+    def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
+        """The same by the operator for these rows; it may round them to the dtype, where nothing is added to them."""
+        if not self._stored.is_mkldnn:
+            return self._plain_sums(digits, unit)
+        # It takes unsigned numbers: 128 is added to each, and is its zero point.
+        inputs = digits.view(torch.uint8).add_(_LARGEST + 1)
+        dtype = dtype if self.digits == 1 and dtype is torch.bfloat16 else torch.float32
+        return torch.ops.onednn.qlinear_pointwise.default(
+            *(inputs, unit, _LARGEST + 1, self._stored, self.scale, self._zeros, None, 1.0, 0, dtype, "none", [], "")
         )
 
     def keeping(self, weight: torch.Tensor) -> QuantizedMatrix:
@@ -258,18 +271,18 @@ class GroupedMatrix(QuantizedMatrix):
             grouped = values.view(-1, GROUP, values.shape[1])
             yield torch.addcmul(least[:, None, here], grouped, step[:, None, here], out=grouped).view(values.shape)
 
-    def _sums(self, digits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
         if dtype is torch.bfloat16 and len(digits) <= _MOST_ROWS_OF_CODES:
             narrow = digits.to(torch.bfloat16)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self._codes, GROUP, self._groups) * self.scale
-        whole = digits.to(torch.int8)
+            sums = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self._codes, GROUP, self._groups)
+            return (sums * self.scale).mul_(unit)
         sums = torch.empty(len(digits), self.shape[0])
         start = 0
         for values in self._columns(_BLOCKS_AT_A_TIME):
             stop = start + values.shape[1]
-            torch.mul(torch._int_mm(whole, values), self.scale[start:stop], out=sums[:, start:stop])
+            torch.mul(torch._int_mm(digits, values), self.scale[start:stop], out=sums[:, start:stop])
             start = stop
-        return sums
+        return sums if unit == 1.0 else sums.mul_(unit)
 
     def __reduce__(self) -> tuple[Any, ...]:
         values, step = self.values(), self._groups[..., 0].mT.to(torch.int8)
@@ -307,27 +320,19 @@ def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True
 _CODE_COLUMNS = 64
 
 
-def _pack_rows(values: torch.Tensor, scale: torch.Tensor) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
-        tensor = torch._make_per_channel_quantized_tensor(
-            values, scale.double(), torch.zeros(len(values), dtype=torch.long), 0
-        )
-        return torch.ops.quantized.linear_prepack(tensor, None)
-
-
 @functools.cache
 def rows_are_exact() -> bool:
     """Whether the 8-bit operator is here and sums rightly: without VNNI instructions it may saturate."""
     try:
         values = torch.full((64, 256), _LARGEST, dtype=torch.int8)
         values[1::2].neg_()
-        rows = torch.full((3, 256), float(_LARGEST))
+        rows = torch.full((3, 256), _LARGEST, dtype=torch.int8)
         rows[1:].neg_()
         matrix = QuantizedMatrix.__new__(QuantizedMatrix)
-        matrix._values, matrix._packed, matrix.scale = values, _pack_rows(values, torch.ones(64)), torch.ones(64)
-        with torch.no_grad():
-            exact = torch.equal(matrix._sums(rows, torch.float32), F.linear(rows, values.float()))
+        matrix.digits, matrix.scale, matrix._zeros = 1, torch.ones(64), torch.zeros(64, dtype=torch.int64)
+        matrix._stored = torch.ops.onednn.qlinear_prepack(values, None)
+        exact = torch.equal(matrix.values(), values)
+        exact = exact and torch.equal(matrix._sums(rows.clone(), 1.0, torch.float32), matrix._plain_sums(rows, 1.0))
     except (AttributeError, RuntimeError, NotImplementedError):
         exact = False
     if not exact:
@@ -348,10 +353,10 @@ def codes_are_exact() -> bool:
         matrix = GroupedMatrix(codes, step, -8 * step, torch.ones(len(codes)), torch.bfloat16)
         values = ((codes.view(-1, 2, GROUP).int() - 8) * step[..., None]).view(codes.shape)
         exact = torch.equal(matrix.values().int(), values)
-        rows = torch.zeros(1, codes.shape[1])
+        rows = torch.zeros(1, codes.shape[1], dtype=torch.int8)
         rows[0, 5] = 1
         for dtype in (torch.bfloat16, torch.float32):
-            exact = exact and torch.equal(matrix._sums(rows, dtype)[0], values[:, 5].float())
+            exact = exact and torch.equal(matrix._sums(rows, 1.0, dtype)[0].float(), values[:, 5].float())
     except (AttributeError, RuntimeError, NotImplementedError):
         exact = False
     if not exact:
