@@ -32,6 +32,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .cache_hrm_text import HrmTextCache
+from .folder_hrm_text import adopt_model, give_back_model, is_adopted
 from .kernels_hrm_text import has_own_call, is_enabled, use_kernels
 from .packed_hrm_text import is_packed, pack_model, quantize_model, unpack_model
 from .versions_hrm_text import static_capacity
@@ -475,6 +476,7 @@ class InferenceMixin:
             quantized = 0 if weights is None else quantize_model(self, weights, keep_weights)
             if compile_layers:
                 logger.warning_once("`compile_layers=True` is of use on CUDA only: packed weights cannot be compiled.")
+            quantized += adopt_model(self)
             if pack_model(self) + quantized == 0:
                 logger.warning_once(
                     "`optimize_for_inference` packed nothing: the fast kernels are switched off, torch is in "
@@ -490,13 +492,14 @@ class InferenceMixin:
     def undo_inference_optimization(self) -> Any:
         """Reverses `optimize_for_inference`; returns the model itself."""
         unpack_model(self)
+        give_back_model(self)
         self._decoder = None
         return self
 
     @property
     def is_optimized_for_inference(self) -> bool:
         """Whether weights are packed or decoding is captured."""
-        return self._decoder is not None or is_packed(self)
+        return self._decoder is not None or is_packed(self) or is_adopted(self)
 
     @staticmethod
     def use_fast_kernels(enabled: bool) -> contextlib.AbstractContextManager:
@@ -509,6 +512,11 @@ class InferenceMixin:
             logger.warning_once("`train()` undoes `optimize_for_inference()`.")
             self.undo_inference_optimization()
         return super().train(mode)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; layers of a compressed-tensors folder are given back first, for that library to save."""
+        give_back_model(self)
+        super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; ends the optimization for inference."""
@@ -596,7 +604,7 @@ class InferenceMixin:
         the same graph serves all of them. CUDA graphs of single layers would cost more than they save, so the mode
         "reduce-overhead" becomes the default one: `optimize_for_inference` captures whole steps.
         """
-        if is_packed(self):
+        if is_packed(self) or is_adopted(self):
             logger.warning_once(
                 "packed weights cannot be compiled: `generate` runs as `optimize_for_inference` left it."
             )

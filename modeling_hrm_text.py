@@ -42,12 +42,13 @@ from transformers.utils import can_return_tuple, logging
 from .attention_hrm_text import AttentionPlan, attend, choose_backend, plan_attention, plan_whole_mask
 from .cache_hrm_text import History, HrmTextCache, OneSlot, kept_whole
 from .configuration_hrm_text import HrmTextConfig
+from .folder_hrm_text import AdoptedLinear  # noqa: F401  (transformers before 5.10 copies what this module names)
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer, compiles_layers
 from .kernels_hrm_text import fused_norm, fused_split_and_rotate, fused_swiglu, is_eager, linear, saves_memory, serves
 from .layout_hrm_text import PromptLayout, StepLayout, TokenLayout, recognise_embeddings, values_are_readable
 from .loading_hrm_text import LoadingMixin
-from .packed_hrm_text import PackedLinear  # noqa: F401  (transformers before 5.10 copies what this module names)
+from .packed_hrm_text import PackedLinear  # noqa: F401  (for the same reason)
 from .quantized_hrm_text import QuantizedMatrix  # noqa: F401  (for the same reason)
 from .reading_hrm_text import Call, read_layout, read_step
 from .versions_hrm_text import (

@@ -209,6 +209,8 @@ def _is_ordinary(module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, PackedLinear) or "forward" in vars(module):
         return False
     weight = module._parameters.get("weight")
+    if hasattr(module, "quantization_scheme"):
+        return False
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.layout is not torch.strided:
         return False
     return weight.numel() > 0 and not weight.is_inference()

@@ -252,12 +252,16 @@ class GroupedMatrix(QuantizedMatrix):
     def _blocks(self) -> int:
         return self.shape[0] // _CODE_COLUMNS
 
+    def _steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """step and least, int8 [groups, out]."""
+        step, zero = self._groups.unbind(-1)
+        return step.to(torch.int8), zero.sub(step, alpha=8).to(torch.int8)
+
     def _columns(self, at_a_time: int) -> Iterator[torch.Tensor]:
         """The values of so many blocks of columns at a time, int8 [in, columns]; each overwrites the one before."""
         width, half = self.shape[1], _CODE_COLUMNS // 2
         packed = self._codes.view(-1, width, half)
-        step = self._groups[..., 0].to(torch.int8)
-        least = self._groups[..., 1].sub(self._groups[..., 0], alpha=8).to(torch.int8)
+        step, least = self._steps()
         room = torch.empty(width, min(at_a_time, len(packed)) * _CODE_COLUMNS, dtype=torch.int8)
         for start in range(0, len(packed), at_a_time):
             part = packed[start : start + at_a_time].transpose(0, 1)
@@ -268,7 +272,7 @@ class GroupedMatrix(QuantizedMatrix):
             torch.bitwise_and(part, 15, out=low)
             torch.bitwise_right_shift(part, 4, out=high)
             here = slice(start * _CODE_COLUMNS, start * _CODE_COLUMNS + values.shape[1])
-            grouped = values.view(-1, GROUP, values.shape[1])
+            grouped = values.view(len(step), -1, values.shape[1])
             yield torch.addcmul(least[:, None, here], grouped, step[:, None, here], out=grouped).view(values.shape)
 
     def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
@@ -285,12 +289,54 @@ class GroupedMatrix(QuantizedMatrix):
         return sums if unit == 1.0 else sums.mul_(unit)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values, step = self.values(), self._groups[..., 0].mT.to(torch.int8)
-        least = self._groups[..., 1].sub(self._groups[..., 0], alpha=8).mT.to(torch.int8)
+        values, (step, least) = self.values(), (part.mT.contiguous() for part in self._steps())
         grouped = values.view(len(values), -1, GROUP).int()
         codes = (grouped - least[..., None]).div_(step[..., None], rounding_mode="trunc").to(torch.uint8)
         arguments = (codes.view_as(values), step, least, self.scale, self.dtype, self.digits)
         return type(self), arguments, {"keeps": self.keeps}
+
+
+class ScaledGroups(GroupedMatrix):
+    """A weight in 4 bits with scales of its own, (code - 8) * scale of the group; inputs are not rounded.
+
+    Args:
+        codes: uint8 [out, in], 0 to 15.
+        scale: [out, groups], of the dtype that the weight stands for.
+    """
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor):
+        self.shape, self.dtype, self.scale, self.plain = codes.shape, scale.dtype, scale, None
+        self.digits, self.steps, self.keeps = 0, 0.0, False
+        self._width = codes.shape[1] // scale.shape[1]
+        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        pairs = (scale.mT, torch.zeros_like(scale.mT))
+        self._groups = torch.stack(pairs, dim=-1).to(torch.bfloat16)
+
+    def _steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        one = torch.ones(1, 1, dtype=torch.int8).expand(self.scale.mT.shape)
+        return one, -8 * one
+
+    def dequantized(self) -> torch.Tensor:
+        values = self.values().to(self.dtype).view(len(self.scale), -1, self._width)
+        return values.mul_(self.scale[..., None]).view(self.shape)
+
+    def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        if is_enabled() and self.dtype is dtype is torch.bfloat16 and 0 < len(rows) <= _MOST_ROWS_OF_CODES:
+            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._codes, self._width, self._groups)
+        else:
+            output = torch.empty(len(rows), self.shape[0], dtype=dtype)
+            start = 0
+            for values in self._columns(_BLOCKS_AT_A_TIME):
+                stop = start + values.shape[1]
+                grouped = values.to(self.dtype).view(self.scale.shape[1], self._width, -1)
+                part = grouped.mul_(self.scale.mT[:, None, start:stop]).view(values.shape)
+                output[:, start:stop] = rows @ part.to(dtype)
+                start = stop
+        return output.view(*x.shape[:-1], -1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ((self.values() + 8).to(torch.uint8), self.scale)
 
 
 @torch.no_grad()
@@ -306,7 +352,7 @@ def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True
     if bits == 8 or weight.shape[1] % GROUP:
         return QuantizedMatrix(*round_rows(weight), weight.dtype, digits, plain=plain)
     codes, step, least, scale = round_groups(weight)
-    if codes_are_exact() and weight.shape[0] % _CODE_COLUMNS == 0:
+    if can_store_codes(weight.shape, GROUP):
         return GroupedMatrix(codes, step, least, scale, weight.dtype, digits, plain=plain)
     grouped = codes.view(len(codes), -1, GROUP).to(torch.int8)
     values = (grouped * step[..., None] + least[..., None]).view(weight.shape)
@@ -318,6 +364,13 @@ def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True
 # So many outputs lie together in the 4-bit layout: for each input, the codes of the first half in the lower four bits
 # of the bytes, and those of the other half in the upper four.
 _CODE_COLUMNS = 64
+
+
+def can_store_codes(shape: torch.Size, width: int) -> bool:
+    """Whether the 4-bit operator takes a weight [out, in] with groups of this width."""
+    return (
+        shape[0] % _CODE_COLUMNS == 0 and shape[1] % width == 0 and width in (32, 64, 128, 256) and codes_are_exact()
+    )
 
 
 @functools.cache
@@ -367,4 +420,4 @@ def codes_are_exact() -> bool:
     return exact
 
 
-__all__ = ["GroupedMatrix", "QuantizedMatrix", "quantize"]
+__all__ = ["GroupedMatrix", "QuantizedMatrix", "ScaledGroups", "can_store_codes", "quantize"]

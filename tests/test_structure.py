@@ -30,12 +30,13 @@ ARROWS = {
     "tokenization": "chat versions",
     "quantized": "kernels",
     "packed": "kernels quantized",
+    "folder": "quantized",
     "loading": "versions",
     "reading": "cache layout versions",
     "attention": "kernels layout versions",
     "generation": "cache layout reading versions",
-    "inference": "cache kernels packed versions",
-    "modeling": "attention cache configuration generation inference kernels layout loading packed quantized reading "
+    "inference": "cache folder kernels packed versions",
+    "modeling": "attention cache configuration folder generation inference kernels layout loading packed quantized reading "
     "versions",
 }
 MOST_LINES = 550
