@@ -36,8 +36,8 @@ ARROWS = {
     "attention": "kernels layout versions",
     "generation": "cache layout reading versions",
     "inference": "cache folder kernels packed versions",
-    "modeling": "attention cache configuration folder generation inference kernels layout loading packed quantized reading "
-    "versions",
+    "modeling": "attention cache configuration folder generation inference kernels layout loading packed quantized "
+    "reading versions",
 }
 MOST_LINES = 550
 LONGER = {
