@@ -34,6 +34,9 @@ logger = logging.get_logger(__name__)
 
 _LARGEST = 127
 _TINY = torch.finfo(torch.float32).tiny
+_ZERO = 128
+# Conversion to whole numbers cuts off, so this rounds to nearest. Halves go down, like -127.5 in compressed-tensors.
+_TO_NEAREST = _ZERO + 0.5 - 2**-14
 # One unit of the second digit: its largest value is half a unit of the first.
 _SECOND = 254
 GROUP = 32
@@ -101,7 +104,7 @@ def _codes(x: torch.Tensor, step: torch.Tensor, least: torch.Tensor) -> torch.Te
 
 
 def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Rows as whole numbers: int8 [digits * rows, in], all first digits and then all second ones; and their unit.
+    """Rows as whole numbers, 128 added to each, which is how the 8-bit operator takes them; and their unit.
 
     Args:
         x: [rows, in].
@@ -109,21 +112,20 @@ def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple
         steps: the number that the largest element of a row becomes, before rounding.
 
     Returns:
-        The digits, and the unit float32 [rows, 1], for one row a number.
+        uint8 [digits * rows, in], all first digits and then all second ones; and the unit float32 [rows, 1], for one
+        row a number.
     """
     if len(x) == 1:  # numbers are handed on faster than tensors of one element
         size = max(x.abs().max().item(), _TINY) / steps
-        scaled = x.float().mul_(1 / size)
+        scaled = x.float() * (1 / size)
     else:
         size = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY).div_(steps)
         scaled = x * size.reciprocal()
     if digits == 1:
-        scaled = scaled.round_()
-        return (scaled if steps == _LARGEST else scaled.clamp_(max=_LARGEST)).to(torch.int8), size
-    both = torch.empty((2, *x.shape), dtype=torch.int8)
-    first = scaled.round()
-    both[0] = first
-    both[1] = scaled.sub_(first).mul_(_SECOND).round_()
+        return scaled.add_(_TO_NEAREST).to(torch.uint8), size
+    both = torch.empty((2, *x.shape), dtype=torch.uint8)
+    both[0] = scaled + _TO_NEAREST
+    both[1] = scaled.add_(_ZERO).sub_(both[0]).mul_(_SECOND).add_(_TO_NEAREST)
     return both.flatten(0, 1), size
 
 
@@ -181,25 +183,23 @@ class QuantizedMatrix:
         unit = size if isinstance(size, float) else 1.0
         sums = self._sums(digits, unit, dtype) if is_enabled() and len(rows) else self._plain_sums(digits, unit)
         if self.digits == 2:
-            first, second = sums.split(len(rows))
+            first, second = sums.view(2, len(rows), self.shape[0])
             sums = first.add_(second, alpha=1 / _SECOND)
         if unit is not size:
             sums = sums.mul_(size)
-        return sums.to(dtype).view(*x.shape[:-1], -1)
+        return sums.to(dtype).view(*x.shape[:-1], self.shape[0])
 
     def _plain_sums(self, digits: torch.Tensor, unit: float) -> torch.Tensor:
         """The sums of each row of digits, float32 [digits * rows, out], by the formula itself."""
-        return F.linear(digits.float(), self.values().float()).mul_(self.scale).mul_(unit)
+        return F.linear(digits.float().sub_(_ZERO), self.values().float()).mul_(self.scale).mul_(unit)
 
     def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
         """The same by the operator for these rows; it may round them to the dtype, where nothing is added to them."""
         if not self._stored.is_mkldnn:
             return self._plain_sums(digits, unit)
-        # It takes unsigned numbers: 128 is added to each, and is its zero point.
-        inputs = digits.view(torch.uint8).add_(_LARGEST + 1)
         dtype = dtype if self.digits == 1 and dtype is torch.bfloat16 else torch.float32
         return torch.ops.onednn.qlinear_pointwise.default(
-            *(inputs, unit, _LARGEST + 1, self._stored, self.scale, self._zeros, None, 1.0, 0, dtype, "none", [], "")
+            *(digits, unit, _ZERO, self._stored, self.scale, self._zeros, None, 1.0, 0, dtype, "none", [], "")
         )
 
     def keeping(self, weight: torch.Tensor) -> QuantizedMatrix:
@@ -277,14 +277,15 @@ class GroupedMatrix(QuantizedMatrix):
 
     def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
         if dtype is torch.bfloat16 and len(digits) <= _MOST_ROWS_OF_CODES:
-            narrow = digits.to(torch.bfloat16)
+            narrow = digits.to(torch.bfloat16).sub_(_ZERO)
             sums = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self._codes, GROUP, self._groups)
             return (sums * self.scale).mul_(unit)
+        signed = (digits ^ _ZERO).view(torch.int8)
         sums = torch.empty(len(digits), self.shape[0])
         start = 0
         for values in self._columns(_BLOCKS_AT_A_TIME):
             stop = start + values.shape[1]
-            torch.mul(torch._int_mm(digits, values), self.scale[start:stop], out=sums[:, start:stop])
+            torch.mul(torch._int_mm(signed, values), self.scale[start:stop], out=sums[:, start:stop])
             start = stop
         return sums if unit == 1.0 else sums.mul_(unit)
 
@@ -333,7 +334,7 @@ class ScaledGroups(GroupedMatrix):
                 part = grouped.mul_(self.scale.mT[:, None, start:stop]).view(values.shape)
                 output[:, start:stop] = rows @ part.to(dtype)
                 start = stop
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], self.shape[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ((self.values() + 8).to(torch.uint8), self.scale)
@@ -379,13 +380,13 @@ def rows_are_exact() -> bool:
     try:
         values = torch.full((64, 256), _LARGEST, dtype=torch.int8)
         values[1::2].neg_()
-        rows = torch.full((3, 256), _LARGEST, dtype=torch.int8)
-        rows[1:].neg_()
+        rows = torch.full((3, 256), _ZERO + _LARGEST, dtype=torch.uint8)
+        rows[1:] = _ZERO - _LARGEST
         matrix = QuantizedMatrix.__new__(QuantizedMatrix)
         matrix.digits, matrix.scale, matrix._zeros = 1, torch.ones(64), torch.zeros(64, dtype=torch.int64)
         matrix._stored = torch.ops.onednn.qlinear_prepack(values, None)
         exact = torch.equal(matrix.values(), values)
-        exact = exact and torch.equal(matrix._sums(rows.clone(), 1.0, torch.float32), matrix._plain_sums(rows, 1.0))
+        exact = exact and torch.equal(matrix._sums(rows, 1.0, torch.float32), matrix._plain_sums(rows, 1.0))
     except (AttributeError, RuntimeError, NotImplementedError):
         exact = False
     if not exact:
@@ -406,8 +407,8 @@ def codes_are_exact() -> bool:
         matrix = GroupedMatrix(codes, step, -8 * step, torch.ones(len(codes)), torch.bfloat16)
         values = ((codes.view(-1, 2, GROUP).int() - 8) * step[..., None]).view(codes.shape)
         exact = torch.equal(matrix.values().int(), values)
-        rows = torch.zeros(1, codes.shape[1], dtype=torch.int8)
-        rows[0, 5] = 1
+        rows = torch.full((1, codes.shape[1]), _ZERO, dtype=torch.uint8)
+        rows[0, 5] += 1
         for dtype in (torch.bfloat16, torch.float32):
             exact = exact and torch.equal(matrix._sums(rows, 1.0, dtype)[0].float(), values[:, 5].float())
     except (AttributeError, RuntimeError, NotImplementedError):

@@ -50,7 +50,7 @@ def test_storage_is_read_in_place(module):
 
 
 def test_when_it_serves(module, monkeypatch):
-    monkeypatch.setattr(module, "products_are_faster", lambda head_dim, threads: True)
+    monkeypatch.setattr(module, "products_are_faster", lambda head_dim, threads, keys: True)
     query, key, _ = drawn(1, 600, torch.bfloat16)
     assert module.single_query_pays(query, key)
     assert not module.single_query_pays(query, key[:, :, :100])
@@ -61,7 +61,7 @@ def test_when_it_serves(module, monkeypatch):
 
 
 def test_the_choice_is_measured_once(module):
-    first = module.products_are_faster(16, torch.get_num_threads())
+    first = module.products_are_faster(16, torch.get_num_threads(), 256)
     assert isinstance(first, bool)
-    assert module.products_are_faster(16, torch.get_num_threads()) is first
+    assert module.products_are_faster(16, torch.get_num_threads(), 256) is first
     assert module.products_are_faster.cache_info().hits
