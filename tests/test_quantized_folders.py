@@ -101,7 +101,7 @@ def test_undoing_gives_back_the_tensors_of_the_folder(folder):
     _, path = folder
     stored = load_file(path / "model.safetensors")
     model = load(path).optimize_for_inference()
-    kept = {name: value for name, value in model.named_parameters()}
+    kept = dict(model.named_parameters())
     state = model.state_dict()
     assert not adopted(model)
     for name, value in state.items():
