@@ -6,19 +6,23 @@ As a program: `python convert_weights.py SOURCE --output DIR` (`--help` tells th
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from conversion.adapters import AdapterConversion, convert_adapter, is_adapter
+from conversion.calibrate import calibrate, check_rows
 from conversion.errors import ConversionError
 from conversion.hub import check_repo_id, locate, publish
-from conversion.output import DTYPES, LAYOUTS, Plan, make_plan, write
+from conversion.output import DTYPES, LAYOUTS, Plan, make_plan, write, write_card
+from conversion.quantize import SCHEMES, Scheme, make_scheme
 from conversion.sources import open_source
 from conversion.verify import Verification, verify
 from conversion.writer import check_output, staged
@@ -30,6 +34,8 @@ EPILOG = """examples:
   python convert_weights.py sapientinc/HRM-Text-1B --output HRM-Text-1B --dry-run
   python convert_weights.py HRM-Text-1B --format split --max-shard-size 1GB --output HRM-Text-1B-split
   python convert_weights.py adapter-of-the-split-layout --output adapter
+  python convert_weights.py HRM-Text-1B --output HRM-Text-1B-W8A8 --quantize w8a8
+  python convert_weights.py HRM-Text-1B --output HRM-Text-1B-W4A16 --quantize w4a16 --calibration rows.jsonl
   python convert_weights.py my-fine-tune --output ready --push-to-hub me/my-model --private
 
 exit code: 0 done, 1 refused or failed (the output is then unchanged), 2 wrong usage, 130 interrupted,
@@ -62,6 +68,9 @@ def convert(
     dry_run: bool = False,
     verification: bool = True,
     progress: bool = True,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    calibration: str | Path | None = None,
 ) -> Conversion | AdapterConversion:
     """Converts a checkpoint to a complete model folder, or a LoRA adapter to the other layout of projections.
 
@@ -79,6 +88,10 @@ def convert(
         dry_run: write nothing.
         verification: reload the result in a new process, and compare its tensors and logits with the source's.
         progress: show a progress bar.
+        quantize: `w8a8` or `w4a16`, in the format of compressed-tensors; None keeps the weights whole.
+        group_size: columns that share a scale in w4a16; None is 32.
+        calibration: rows of questions and answers (`training/formats.py` has the forms) on which the rounding of the
+            weights is chosen, by GPTQ; None rounds to nearest.
 
     Raises:
         ConversionError: something is wrong with an argument, the source, the disk or the result. The message is one
@@ -89,6 +102,7 @@ def convert(
     if layout not in LAYOUTS:
         raise ConversionError(f"--format {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     shard_bytes = parse_size(max_shard_size)
+    scheme = _scheme(quantize, group_size, calibration, verification and not dry_run)
     if not dry_run and output is None:
         raise ConversionError("--output is missing: name the folder to write")
     opening = {"epoch": epoch, "weights": weights, "tokenizer": Path(tokenizer).absolute() if tokenizer else None}
@@ -98,9 +112,9 @@ def convert(
         if not dry_run:
             check_output(Path(output), folder, force)
         if is_adapter(folder):
-            _refuse_for_adapters(folder, opening, dtype, dry_run)
+            _refuse_for_adapters(folder, opening, dtype, dry_run, quantize)
             return convert_adapter(folder, Path(output), layout)
-        plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes)
+        plan = make_plan(open_source(**opening, label=label), dtype, layout, shard_bytes, scheme)
     except OSError as error:  # a folder on the way to a file may be closed to this user, too
         raise ConversionError(
             f"{error.filename or source} cannot be read ({error.strerror}): check the disk and permissions"
@@ -111,12 +125,27 @@ def convert(
         return Conversion(plan, None)
 
     needed = plan.nbytes + sum(len(content) for content in plan.files.values()) + 2**20
+    needed += 0 if calibration is None else plan.elements  # a byte for each number, until they are packed
     found = None
     with staged(Path(output), needed) as (temporary, put_in_place):
-        write(plan, temporary, progress)
+        readable = {key: str(value) if isinstance(value, Path) else value for key, value in opening.items()}
+        request = {"source": readable, "config": plan.config, "remote_code": "auto_map" in plan.config}
+        if scheme is not None:
+            request["quantization"] = {
+                "name": scheme.name,
+                "group_size": group_size,
+                "calibration": calibration and str(Path(calibration).absolute()),
+            }
+        method = "rounded to nearest"
+        if calibration is None:
+            files = write(plan, temporary, progress)
+        else:
+            work = temporary / "calibration"
+            solved, method = calibrate(work, plan.files, {**request, "progress": progress})
+            files = write(plan, temporary, progress, solved)
+            shutil.rmtree(work)
         if verification:
-            readable = {key: str(value) if isinstance(value, Path) else value for key, value in opening.items()}
-            found = verify(temporary, readable, plan.config, remote_code="auto_map" in plan.config)
+            found = verify(temporary, request)
             if found.damage:
                 raise ConversionError(f"{folder}: {found.damage}; --no-verify converts it all the same")
             if found.differences:
@@ -124,15 +153,36 @@ def convert(
                     f"{output}: the reloaded folder is not the source ({len(found.differences)} differences, first: "
                     f"{found.differences[0]}): nothing was put in place; report this"
                 )
+        write_card(plan, temporary, files, [] if scheme is None else scheme.lines(method, found and found.quality))
         # The time since the first check is long enough for another run.
         check_output(Path(output), folder, force)
         put_in_place()
     return Conversion(plan, found)
 
 
-def _refuse_for_adapters(folder: Path, opening: dict[str, Any], dtype: str | None, dry_run: bool) -> None:
+def _scheme(name: str | None, group_size: int | None, calibration: str | Path | None, verified: bool) -> Scheme | None:
+    if name is None:
+        for option, value in (("--group-size", group_size), ("--calibration", calibration)):
+            if value is not None:
+                raise ConversionError(f"{option} is for --quantize, which is missing")
+        return None
+    scheme = make_scheme(name, group_size)
+    if verified and find_spec("compressed_tensors") is None:
+        raise ConversionError(
+            "--quantize: the result is reloaded through compressed-tensors, which is not installed: pip install "
+            "compressed-tensors, or pass --no-verify"
+        )
+    if calibration is not None:
+        check_rows(Path(calibration))
+    return scheme
+
+
+def _refuse_for_adapters(
+    folder: Path, opening: dict[str, Any], dtype: str | None, dry_run: bool, quantize: str | None
+) -> None:
     chosen = [f"--{name}" for name in ("epoch", "tokenizer") if opening[name] is not None]
     chosen += ["--weights"] * (opening["weights"] != "ema") + ["--dtype"] * (dtype is not None)
+    chosen += ["--quantize"] * (quantize is not None)
     if chosen or dry_run:
         raise ConversionError(f"{folder} is an adapter, to which {(chosen or ['--dry-run'])[0]} does not apply")
 
@@ -197,6 +247,9 @@ def _run(options: argparse.Namespace) -> int:
         force=options.force,
         dry_run=options.dry_run,
         verification=options.verify,
+        quantize=options.quantize,
+        group_size=options.group_size,
+        calibration=options.calibration,
     )
     if isinstance(done, AdapterConversion):
         print("\n".join([f"{options.output}:", *(f"  {line}" for line in done.lines())]))
@@ -246,6 +299,19 @@ def _parser() -> argparse.ArgumentParser:
         help="fused: the published layout, with this project's code; split: the layout of transformers' own class",
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, like 500MB (default: 5GB)")
+    parser.add_argument(
+        "--quantize",
+        choices=SCHEMES,
+        help="store weights as compressed-tensors does: w8a8, 8 bits, inputs too; w4a16, 4 bits in groups",
+    )
+    parser.add_argument("--group-size", type=int, help="columns that share a scale in w4a16 (default: 32)")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="questions and answers, in any form of training/formats.py, on which GPTQ chooses how to round "
+        "(default: to nearest)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output of an earlier conversion")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     parser.add_argument(

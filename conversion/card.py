@@ -11,6 +11,7 @@ def model_card(
     parameters: int,
     digests: dict[str, str],
     remote_code: bool,
+    quantization: list[str],
 ) -> str:
     """README.md of a converted folder. The same conversion gives the same card.
 
@@ -21,6 +22,7 @@ def model_card(
         parameters: elements in all tensors.
         digests: SHA-256 by file name.
         remote_code: whether the folder carries this project's modules.
+        quantization: what was done to the weights and how well that went, a line an item; empty where nothing was.
     """
     trust = ", trust_remote_code=True" if remote_code else ""
     origin = "".join(f"| {key} | {_cell(value)} |\n" for key, value in provenance.items())
@@ -30,6 +32,10 @@ def model_card(
         if remote_code
         else "This folder has the layout of transformers' own `hrm_text` class (transformers 5.9 or later)."
     )
+    quantized = ""
+    if quantization:
+        lines = "\n".join(f"- {_cell(line)}" for line in quantization)
+        quantized = f"## Quantization\n\n{lines}\n\nLoading needs `pip install compressed-tensors`.\n\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -57,7 +63,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_HUB_ID{trust})
 
 Prompts are {_cell(prompts)}. A response ends with token {config["eos_token_id"]}.
 
-## Provenance
+{quantized}## Provenance
 
 | | |
 | --- | --- |
@@ -71,4 +77,4 @@ SHA-256 of the files beside this one:
 
 def _cell(text: str) -> str:
     """Text from a checkpoint or its folder name, escaped for Markdown."""
-    return re.sub(r"[^\w .,:;@/()+=-]", "_", text)[:300]
+    return re.sub(r"[^\w .,:;@/()+=%-]", "_", text)[:300]

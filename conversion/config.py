@@ -171,9 +171,8 @@ def from_published(
     where = f"{origin}/config.json"
     if stored.get("model_type") != "hrm_text":
         raise ConversionError(f"{where}: model_type is {short(stored.get('model_type'))}, not 'hrm_text'")
+    refuse_quantized(stored, origin)
     # An unknown field may name code (custom_pipelines) or a treatment of the weights that was not read.
-    if stored.get("quantization_config"):
-        raise ConversionError(f"{where}: the weights are quantized; convert the checkpoint before it was")
     config = {key: value for key, value in stored.items() if key in _KEPT_FIELDS}
 
     heads = _integer(config, "num_attention_heads", where)
@@ -288,6 +287,12 @@ def training_envelope(info: dict[str, Any], tokenizer: Tokenizer | None, origin:
     # In the order in which people list them, where the tags are the usual ones.
     ordered = {tag: mapping[tag] for tag in (*CONDITIONS, *mapping) if tag in mapping}
     return Envelope(names["boq"], names["eoq"], names["eoa"], tuple(ordered.items()))
+
+
+def refuse_quantized(stored: dict[str, Any], origin: str) -> None:
+    """Raises a ConversionError for the config of weights that are quantized already."""
+    if stored.get("quantization_config"):
+        raise ConversionError(f"{origin}/config.json: the weights are quantized; convert the checkpoint before it was")
 
 
 def check_generation(stored: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -182,6 +182,8 @@ class _ModelFolder(Source):
 
     @classmethod
     def open(cls, path: Path, tokenizer: Path | None, label: str) -> "_ModelFolder":
+        settings = read_json(path, "config.json")
+        configs.refuse_quantized(settings, str(path))
         files = _weight_files(path)
         stored: dict[str, TensorSpec] = {}
         places: dict[str, tuple[Path, int]] = {}
@@ -203,8 +205,7 @@ class _ModelFolder(Source):
         found = read_tokenizer(
             find_tokenizer(tokenizer or path, required=tokenizer is not None), dimensions.vocabulary
         )
-        stored = read_json(path, "config.json")
-        config, warnings = configs.from_published(stored, dimensions, found, str(path))
+        config, warnings = configs.from_published(settings, dimensions, found, str(path))
         split = any(len(members) > 1 for members in groups.values())
         return cls(
             path=path,
@@ -222,7 +223,7 @@ class _ModelFolder(Source):
                 str(path),
             ),
             envelope=configs.published_envelope(found),
-            prompts_stated="prefix_end_token_id" in stored,
+            prompts_stated="prefix_end_token_id" in settings,
             groups=groups,
             places=places,
         )

@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .errors import ConversionError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8
-_OVERFLOW = (
+OVERFLOW = (
     "its weights are so large that the logits overflow: the file is damaged, or was saved from a run that diverged"
 )
 
@@ -40,31 +40,50 @@ class Verification:
     tokenizer: str
     differences: list[str]
     damage: str | None = None
+    quality: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report, one line per item."""
         return [
             f"loaded as  {self.loaded_as}",
             f"tensors    {self.tensors} equal to the source",
+            *(f"quantized  {line}" for line in self.quality),
             f"logits     {self.logits}",
             f"tokenizer  {self.tokenizer}",
             *(f"DIFFERS    {line}" for line in self.differences),
         ]
 
 
-def verify(folder: Path, source: dict[str, Any], config: dict[str, Any], remote_code: bool) -> Verification:
+def verify(folder: Path, request: dict[str, Any]) -> Verification:
     """Compares a folder with its source in a new process.
 
     Args:
         folder: the converted folder.
-        source: the arguments of `open_source` that opened the source, JSON-ready.
-        config: the config that was written, as it is in memory.
-        remote_code: load through the folder's own modules; else through transformers' class.
+        request: JSON-ready. `source` has the arguments of `open_source` that opened it; `config` is what was written,
+            as it is in memory; `remote_code` says whether to load through the folder's own modules, or else through
+            transformers' class; `quantization`, where weights are, has `name` and `group_size` of the scheme, and the
+            `calibration` rows or None.
 
     Raises:
         ConversionError: the process failed; the message ends in its last line.
     """
-    request = {"folder": str(folder), "source": source, "config": config, "remote_code": remote_code}
+    request = {"folder": str(folder), **request}
+    done = run_apart("conversion.verify", request)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ConversionError(
+            f"{request['source']['path']} was converted to a folder that does not load ({lines[-1]}): nothing was put "
+            "in place; report this"
+        )
+    return Verification(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_apart(module: str, request: dict[str, Any], quiet: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a module of this package as a program, offline, with a request as JSON on its standard input.
+
+    Args:
+        quiet: keep what it writes on standard error, its progress, instead of showing it.
+    """
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as modules:
         environment = {
@@ -73,21 +92,15 @@ def verify(folder: Path, source: dict[str, Any], config: dict[str, Any], remote_
             "HF_MODULES_CACHE": modules,
             "PYTHONPATH": os.pathsep.join(path),
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "conversion.verify"],
+        return subprocess.run(
+            [sys.executable, "-m", module],
             input=json.dumps(request),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if quiet else None,
             text=True,
             cwd=ROOT,
             env=environment,
         )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ConversionError(
-            f"{source['path']} was converted to a folder that does not load ({lines[-1]}): nothing was put in place; "
-            "report this"
-        )
-    return Verification(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def _findings(request: dict[str, Any]) -> dict[str, Any]:
@@ -99,12 +112,13 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     from .sources import open_source
     from .writer import same_bits
 
+    if request.get("quantization"):
+        from .quality import quantized_findings
+
+        return quantized_findings(request)
     folder, config = Path(request["folder"]), request["config"]
-    opening = {**request["source"], "path": Path(request["source"]["path"])}
-    if opening.get("tokenizer"):
-        opening["tokenizer"] = Path(opening["tokenizer"])
-    source, written = open_source(**opening), open_source(folder)
-    if not request["remote_code"] and _library_class() is None:
+    source, written = open_requested(request), open_source(folder)
+    if not request["remote_code"] and library_class() is None:
         differences = _unequal_files(source, written, list(source.specs))
         return {
             "loaded_as": f"plain files: transformers {transformers.__version__} has no hrm_text class (5.9 has)",
@@ -121,11 +135,11 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
 
     # The model in memory comes first and goes before the other is loaded, and then the source is read again tensor by
     # tensor: no two copies of a large model are held.
-    prompt = _fixed_prompt(config)
-    wanted = _logits(_in_memory(request, source, dtype), prompt)
+    prompt = fixed_prompt(config)
+    wanted = logits_of(model_in_memory(request, lambda names: tensors_of(source, names, dtype)), prompt)
     # NaN in a tensor has been refused before it was written.
-    damage = None if wanted.isfinite().all() else _OVERFLOW
-    _give_memory_back()
+    damage = None if wanted.isfinite().all() else OVERFLOW
+    give_memory_back()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
     )
@@ -136,7 +150,7 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     ]
     state = model.state_dict()
     equal, seen = 0, set()
-    for name, tensor in _tensors(source, state.keys(), dtype):
+    for name, tensor in tensors_of(source, state.keys(), dtype):
         same = name in state and same_bits(state[name], tensor)
         seen.add(name)
         equal += same
@@ -146,46 +160,54 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
             )
     differences += [f"{name} is in the loaded model only" for name in state.keys() - seen]
 
-    logits = _logits(model, prompt)
+    logits = logits_of(model, prompt)
     difference = (logits - wanted).abs().max().item()
     allowed = 1e-5 if config["dtype"] in ("float32", "float64") else 2e-2
     if not logits.isfinite().all():
         differences.append("the logits hold NaN or infinite values")
     elif not difference <= allowed * max(1.0, wanted.abs().max().item()):
         differences.append(f"the logits differ from the in-memory model's by {difference:.3g}")
-    try:
-        tokenizer, faults = _tokenizer(folder, request)
-    except Exception as error:  # whatever the tokenizers library makes of a damaged file
-        tokenizer, faults = "does not load", []
-        damage = damage or (
-            f"its tokenizer does not load ({type(error).__name__}: {said(error)}): pass another with --tokenizer"
-        )
+    tokenizer, faults, fault_of_source = checked_tokenizer(folder, request)
     return {
         "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
         "tensors": equal,
         "logits": f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the in-memory model",
         "tokenizer": tokenizer,
         "differences": differences + faults,
-        "damage": damage,
+        "damage": damage or fault_of_source,
     }
 
 
-def _give_memory_back() -> None:
+def open_requested(request: dict[str, Any]) -> Any:
+    """The source that a request names."""
+    from .sources import open_source
+
+    opening = {**request["source"], "path": Path(request["source"]["path"])}
+    if opening.get("tokenizer"):
+        opening["tokenizer"] = Path(opening["tokenizer"])
+    return open_source(**opening)
+
+
+def give_memory_back() -> None:
     """Frees cycles of references, which models have, and makes Linux's allocator return free memory to the system."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _library_class() -> Any:
+def library_class() -> Any:
     """Transformers' own class, None where it has none (before 5.9)."""
     import transformers
 
     return getattr(transformers, "HrmTextForCausalLM", None)
 
 
-def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
-    """A model built in memory from the config and the source's tensors; of the folder it uses only the code."""
+def model_in_memory(request: dict[str, Any], tensors: Callable[[Collection[str]], Iterable[tuple[str, Any]]]) -> Any:
+    """A model built in memory from the request's config; of the folder it uses only the code.
+
+    Args:
+        tensors: gives the values of these parameters, each with its name.
+    """
     import torch
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -193,16 +215,17 @@ def _in_memory(request: dict[str, Any], source: Any, dtype: Any) -> Any:
     if request["remote_code"]:
         model_class = get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], request["folder"])
     else:
-        model_class = _library_class()
-    settings = model_class.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
+        model_class = library_class()
+    left_out = ("auto_map", "quantization_config")
+    settings = model_class.config_class(**{key: value for key, value in config.items() if key not in left_out})
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, config["dtype"]))
     try:
         with _parameters_without_memory():
             model = model_class(settings).eval()
     finally:
         torch.set_default_dtype(default)
-    model.load_state_dict(dict(_tensors(source, model.state_dict().keys(), dtype)), assign=True)
+    model.load_state_dict(dict(tensors(model.state_dict().keys())), assign=True)
     return model
 
 
@@ -228,7 +251,7 @@ def _parameters_without_memory() -> Iterator[None]:
         torch.nn.Module.register_parameter = register
 
 
-def _tensors(source: Any, names: Collection[str], dtype: Any) -> Iterator[tuple[str, Any]]:
+def tensors_of(source: Any, names: Collection[str], dtype: Any) -> Iterator[tuple[str, Any]]:
     """The source's tensors in a dtype, one read at a time, by their names in a model, which may have them split."""
     from .layout import split_names
 
@@ -237,7 +260,16 @@ def _tensors(source: Any, names: Collection[str], dtype: Any) -> Iterator[tuple[
         yield from zip(parts, source.read(name).to(dtype).chunk(len(parts)), strict=True)
 
 
-def _tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
+def checked_tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str], str | None]:
+    """What `read_tokenizer` finds, and what is wrong with the source where its tokenizer does not load."""
+    try:
+        return *read_tokenizer(folder, request), None
+    except Exception as error:  # whatever the tokenizers library makes of a damaged file
+        fault = f"its tokenizer does not load ({type(error).__name__}: {said(error)}): pass another with --tokenizer"
+        return "does not load", [], fault
+
+
+def read_tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
     """What the folder's tokenizer is, and where it disagrees with the config."""
     from transformers import AutoTokenizer
 
@@ -248,10 +280,10 @@ def _tokenizer(folder: Path, request: dict[str, Any]) -> tuple[str, list[str]]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     faults = []
     # A tokenizer that was kept as it is may disagree with its config, as it did in the source.
-    for field in () if not hasattr(tokenizer, "encode_prompt") else ("bos_token_id", "eos_token_id", "pad_token_id"):
-        said, found = request["config"][field], getattr(tokenizer, field)
+    for name in () if not hasattr(tokenizer, "encode_prompt") else ("bos_token_id", "eos_token_id", "pad_token_id"):
+        said, found = request["config"][name], getattr(tokenizer, name)
         if found not in (said if isinstance(said, list) else [said]):
-            faults.append(f"{field} is {said} in the config and {found} in the tokenizer")
+            faults.append(f"{name} is {said} in the config and {found} in the tokenizer")
     return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens", faults
 
 
@@ -266,7 +298,7 @@ def _unequal_files(source: Any, written: Any, names: list[str]) -> list[str]:
     ]
 
 
-def _fixed_prompt(config: dict[str, Any]) -> dict[str, Any]:
+def fixed_prompt(config: dict[str, Any]) -> dict[str, Any]:
     """A prompt of one prefix block and the beginning of its response, [1, 24]."""
     import torch
 
@@ -276,7 +308,7 @@ def _fixed_prompt(config: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "token_type_ids": types, "use_cache": False}
 
 
-def _logits(model: Any, prompt: dict[str, Any]) -> Any:
+def logits_of(model: Any, prompt: dict[str, Any]) -> Any:
     import torch
 
     with torch.no_grad():

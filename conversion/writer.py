@@ -25,7 +25,8 @@ except ImportError:  # no file locks on this system: what a killed run leaves be
     fcntl = None
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8"}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SYNC_BYTES = 2**26
 # What a converted or saved model folder consists of; a folder with anything else is not deleted.
 _MODEL_FILES = {".gitattributes", "LICENSE", "README.md", "chat_template.jinja", "merges.txt", "vocab.json"}

@@ -44,7 +44,7 @@ def check(converted, folder, **config):
     """Verifies `folder` against the conversion's source, as `convert` does before it puts a folder in place."""
     source, _, done = converted
     opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
-    return verify(folder, opening, {**done.plan.config, **config}, remote_code=True)
+    return verify(folder, {"source": opening, "config": {**done.plan.config, **config}, "remote_code": True})
 
 
 def copy_of(converted, folder):
