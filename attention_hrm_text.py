@@ -74,6 +74,31 @@ class AttentionPlan:
             moved["block_mask"] = self.block_mask.to(device)
         return AttentionPlan(**moved)
 
+    def whole_mask(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """The plan of a pass without a cache as one mask [batch, 1, tokens, tokens], which any layer takes.
+
+        Raises:
+            ValueError: the plan is one of flex or flash attention, which have no such mask.
+        """
+        if self.block_mask is not None or self.flash is not None:
+            raise ValueError(
+                f"layers that are called one by one take a dense mask, and {self.backend!r} attention has none: call "
+                "`model.set_attn_implementation('sdpa')` first."
+            )
+        mask = self.mask
+        if mask is None or self.block_queries:
+            whole = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
+            whole = whole.tril() if self.is_causal else whole
+            mask = whole if mask is None else _behind_block(whole, mask, self.block_queries)
+        return mask.expand(batch, -1, tokens, -1)
+
+
+def _behind_block(whole: torch.Tensor, mask: torch.Tensor, lead: int) -> torch.Tensor:
+    """All True, [1, 1, tokens, tokens], with the mask of the queries behind a leading block put in its place."""
+    block = whole[:, :, :lead].clone()
+    block[..., lead:] = False
+    return torch.cat((block.expand(mask.shape[0], -1, -1, -1), mask), dim=2)
+
 
 @dataclass
 class FlashCall:

@@ -56,6 +56,7 @@ from .versions_hrm_text import (
     CausalLMOutput,
     ModelOutput,
     cached_length,
+    is_traced,
     one_cache,
     refuse_paged_call,
     static_capacity,
@@ -78,6 +79,13 @@ def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, t
     """The factors of `rotate`, each [batch or 1, tokens, 1, 1, head_dim], of cos and sin without the two 1s."""
     first, second = sin.chunk(2, dim=-1)
     return cos[:, :, None, None], torch.cat((-first, second), dim=-1)[:, :, None, None]
+
+
+def position_embeddings(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each [batch or 1, tokens, head_dim], of what `rotary_tables` made of them."""
+    cos, signed = (table[:, :, 0, 0] for table in tables)
+    first, second = signed.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -289,10 +297,18 @@ class HrmTextStack(nn.Module):
         Args:
             note: told the output of each layer. The others are those of `HrmTextDecoderLayer.forward`.
         """
+        if is_traced():
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings
+                )
+            return norm(hidden_states, self.eps)
         plan = attention_mask
         if not isinstance(plan, AttentionPlan):
             plan = _plan_alone(self.config, attention_mask, position_embeddings)
         cache = past_key_values if cache is None else cache
+        if cache is None and any(map(_is_replaced, self.layers)):
+            return self._call_layers_as_the_librarys(hidden_states, plan, note)
         for i, layer in enumerate(self.layers):
             compiled = compiled_layer(layer, cache) if hidden_states.shape[1] == 1 and plan.weights is None else None
             if compiled is not None:
@@ -302,6 +318,23 @@ class HrmTextStack(nn.Module):
             if note is not None:
                 note(hidden_states)
         return norm(hidden_states, self.eps)
+
+    def _call_layers_as_the_librarys(
+        self, hidden_states: torch.Tensor, plan: AttentionPlan, note: Callable[[torch.Tensor], None] | None
+    ) -> torch.Tensor:
+        """A module call with the arguments that the library's layers take, of which a tool keeps copies."""
+        mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
+        tables = position_embeddings(plan.rotary)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=tables)
+            if note is not None:
+                note(hidden_states)
+        return norm(hidden_states, self.eps)
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether a tool, such as AutoRound, listens to a layer in place of its `forward`; accelerate does so too."""
+    return "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
 
 
 # ---- what all models share ------------------------------------------------------------------------------------------
@@ -497,6 +530,22 @@ class HrmTextModel(HrmTextPreTrainedModel):
             attentions=None if plan.weights is None else tuple(plan.weights),
         )
 
+    def _begin(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first z_H, mask [batch, 1, tokens, tokens], cos and sin, for layers that are called one by one."""
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = embeds.shape[:2]
+        call = Call(tuple(shape), embeds.device, input_ids, attention_mask, position_ids, token_type_ids, None, None)
+        layout, plan = self._prepare(call, None, False)
+        cos, sin = self.rotary_emb(embeds, layout.position_ids)
+        return embeds * self.config.embedding_scale, plan.whole_mask(*shape, embeds.device), cos, sin
+
     def _prepare(self, call: Call, handed: Any, wants_weights: bool) -> tuple[TokenLayout, AttentionPlan]:
         """What the tokens are, and which of them attend to which.
 
@@ -565,9 +614,10 @@ class HrmTextModel(HrmTextPreTrainedModel):
     def _recur(
         self,
         z_H: torch.Tensor,
-        plan: AttentionPlan,
+        plan: AttentionPlan | torch.Tensor,
         cache: Any,
         note: Callable[[torch.Tensor], None] | None = None,
+        **arguments: Any,
     ) -> torch.Tensor:
         """The loop; z_H [batch, tokens, hidden] -> the same shape."""
         H_cycles, L_cycles, layers = self.config.H_cycles, self.config.L_cycles, self.config.num_layers_per_stack
@@ -581,11 +631,11 @@ class HrmTextModel(HrmTextPreTrainedModel):
                     inputs = _carry_gradient(z_L.to(z_H.device) + z_H, self.L_module)
                     if note is not None and slot == 0:
                         note(inputs)
-                    z_L = self.L_module(inputs, plan, cycle_offset=slot, cache=cache, note=note)
+                    z_L = self.L_module(inputs, plan, cycle_offset=slot, cache=cache, note=note, **arguments)
                 slot += layers
             with torch.set_grad_enabled(grad and h >= H_cycles - H_bp):
                 inputs = _carry_gradient(z_H + z_L.to(z_H.device), self.H_module)
-                z_H = self.H_module(inputs, plan, cycle_offset=slot, cache=cache, note=note)
+                z_H = self.H_module(inputs, plan, cycle_offset=slot, cache=cache, note=note, **arguments)
             slot += layers
         return z_H
 
@@ -697,6 +747,8 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
 
         The other arguments are those of `HrmTextModel.forward`.
         """
+        if is_traced():
+            return self._trace(input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
         refuse_paged_call(kwargs)
         cache = one_cache(past_key_values, cache)
         layout = kwargs.pop("layout", None)
@@ -732,6 +784,17 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _trace(self, *arguments: Any) -> CausalLMOutput:
+        """The pass as a tracer of torch.fx sees it: what is decided from values is one call, and then come layers."""
+
+        def begin(*values: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            return self.model._begin(*values)
+
+        tracer = next(value.tracer for value in arguments if isinstance(value, torch.fx.Proxy))
+        begun = tracer.create_proxy("call_function", begin, arguments, {})
+        z_H = self.model._recur(begun[0], begun[1], None, position_embeddings=(begun[2], begun[3]))
+        return CausalLMOutput(logits=self.lm_head(z_H))
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Mean cross-entropy of the next token; a loss function set in place of the library's stays in force."""

@@ -167,6 +167,12 @@ def tied_weights_keys(target: str, source: str) -> dict[str, str] | list[str]:
     return {target: source} if is_version_5() else [target]
 
 
+def is_traced() -> bool:
+    """Whether torch.fx records the model as llm-compressor does: compiling, but not by dynamo nor for an export."""
+    compiler = torch.compiler
+    return compiler.is_compiling() and not compiler.is_dynamo_compiling() and not compiler.is_exporting()
+
+
 def static_capacity(cache: Any) -> int | None:
     """Number of positions that a static cache holds, None for a cache that grows."""
     layers = getattr(cache, "layers", None)
@@ -411,6 +417,7 @@ __all__ = [
     "flash_kernel",
     "is_flash",
     "is_paged_cache",
+    "is_traced",
     "is_version_5",
     "one_cache",
     "refuse_paged_call",
