@@ -322,7 +322,7 @@ class HrmTextStack(nn.Module):
     def _call_layers_as_the_librarys(
         self, hidden_states: torch.Tensor, plan: AttentionPlan, note: Callable[[torch.Tensor], None] | None
     ) -> torch.Tensor:
-        """A module call with the arguments that the library's layers take, of which a tool keeps copies."""
+        """A module call with the arguments of the library's layers, of which a tool keeps copies."""
         mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
         tables = position_embeddings(plan.rotary)
         for layer in self.layers:
@@ -375,7 +375,8 @@ class HrmTextPreTrainedModel(InferenceMixin, LoadingMixin, PreTrainedModel):
         """Truncated normals as in training; `down_proj` and `z_L_init` have standard deviations of their own."""
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            _truncated_normal(module.weight, std * getattr(module, "init_factor", 1.0))
+            if hasattr(module, "weight"):  # else it is quantized and packed
+                _truncated_normal(module.weight, std * getattr(module, "init_factor", 1.0))
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, HrmTextModel):
