@@ -83,9 +83,9 @@ def quantized_findings(request: dict[str, Any]) -> dict[str, Any]:
     differences, equal, errors = _compare(source, stored, scheme, getattr(torch, config["dtype"]), exact)
     quality = [_errors_line(kind, values) for kind, values in errors.items()]
     tokenizer, faults, damage = checked_tokenizer(folder, request)
-    if not request["remote_code"] and library_class() is None:
-        loaded_as, logits = "plain files: transformers has no hrm_text class before 5.9", "not computed"
-        return _found(loaded_as, equal, logits, tokenizer, differences + faults, quality, damage)
+    if differences or (not request["remote_code"] and library_class() is None):
+        loaded_as = "plain files" + ("" if differences else ": transformers has no hrm_text class before 5.9")
+        return _found(loaded_as, equal, "not computed", tokenizer, differences + faults, quality, damage)
 
     prompt, dtype = fixed_prompt(config), getattr(torch, config["dtype"])
     rows = _held_back(request)

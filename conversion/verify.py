@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .reading import said
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,6 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from .reading import said
     from .sources import open_source
     from .writer import same_bits
 

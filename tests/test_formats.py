@@ -141,7 +141,7 @@ def test_a_weight_in_a_csv_file(tmp_path, tokenizer):
     (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0\na,b,1\na,b,\n")
     assert str(encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)[1]).startswith("3 rows: 2 kept")
     (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0.5\n")
-    with pytest.raises(ValueError, match="`weight` is '0.5'"):
+    with pytest.raises(ValueError, match=r"`weight` is '0.5'"):
         encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)
 
 
