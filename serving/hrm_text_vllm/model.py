@@ -28,10 +28,13 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from .blocks import Envelope, split_rows
+from .embedding import serve_on_processors
 
 
 # Backends that may be split, and whether they take a causal flag for each request.
 TAKES_CAUSAL_FLAGS = {"CPU_ATTN": True, "TRITON_ATTN": True, "FLASH_ATTN": False}
+
+serve_on_processors()
 
 
 class StepLayout:

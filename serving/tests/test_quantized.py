@@ -1,4 +1,4 @@
-"""A folder whose matrices are in 8 bits, as compressed-tensors writes them."""
+"""Folders whose matrices are in 8 or 4 bits, as compressed-tensors and as the converter write them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert_weights import convert
 from serving.measure.engine import ROOT
 from serving.measure.material import Reference, generate, worst_difference
 
@@ -61,3 +63,18 @@ def test_eight_bits(reference: Reference, chats: list[list[int]], serve: Any, tm
     same = [list(result.outputs[0].token_ids) == answer for result, answer in zip(results, expected)]
     assert sum(same) >= 15
     assert 1e-4 < worst_difference(reference, results) < 1.5
+
+
+@pytest.mark.parametrize(("scheme", "least", "worst"), [("w8a8", 15, 1.5), ("w4a16", 10, 4.0)])
+def test_folders_of_the_converter(
+    reference: Reference, chats: list[list[int]], serve: Any, tmp_path: Path, scheme: str, least: int, worst: float
+) -> None:
+    """They load, their embeddings and head quantized too, and answer nearly as in float32."""
+    convert(ROOT, tmp_path / "out", quantize=scheme, verification=False, progress=False)
+    with serve(tmp_path / "out") as llm:
+        results = generate(llm, chats[:20])
+    same = [
+        list(result.outputs[0].token_ids) == reference.answer(list(result.prompt_token_ids), 48) for result in results
+    ]
+    assert sum(same) >= least
+    assert 1e-4 < worst_difference(reference, results) < worst
