@@ -102,7 +102,7 @@ def convert(
     if layout not in LAYOUTS:
         raise ConversionError(f"--format {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     shard_bytes = parse_size(max_shard_size)
-    scheme = _scheme(quantize, group_size, calibration, verification and not dry_run)
+    scheme = _scheme(quantize, group_size, layout, calibration, verification and not dry_run)
     if not dry_run and output is None:
         raise ConversionError("--output is missing: name the folder to write")
     opening = {"epoch": epoch, "weights": weights, "tokenizer": Path(tokenizer).absolute() if tokenizer else None}
@@ -160,13 +160,15 @@ def convert(
     return Conversion(plan, found)
 
 
-def _scheme(name: str | None, group_size: int | None, calibration: str | Path | None, verified: bool) -> Scheme | None:
+def _scheme(
+    name: str | None, group_size: int | None, layout: str, calibration: str | Path | None, verified: bool
+) -> Scheme | None:
     if name is None:
         for option, value in (("--group-size", group_size), ("--calibration", calibration)):
             if value is not None:
                 raise ConversionError(f"{option} is for --quantize, which is missing")
         return None
-    scheme = make_scheme(name, group_size)
+    scheme = make_scheme(name, group_size, layout)
     if verified and find_spec("compressed_tensors") is None:
         raise ConversionError(
             "--quantize: the result is reloaded through compressed-tensors, which is not installed: pip install "

@@ -20,7 +20,7 @@ from .errors import ConversionError
 from .gptq import solve
 from .layout import split_names
 from .output import checked_values
-from .quantize import EMBEDDING, make_scheme
+from .quantize import EMBEDDING, requested_scheme
 from .verify import library_class, model_in_memory, open_requested, run_apart, tensors_of
 from .writer import write_file
 
@@ -163,7 +163,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     if not request["remote_code"] and library_class() is None:
         raise ConversionError("--calibration with --format split needs transformers 5.9 or later")
     rows = encode(Path(wanted["calibration"]), Path(request["folder"]), config)
-    scheme = make_scheme(wanted["name"], wanted["group_size"])
+    scheme = requested_scheme(request)
     source, dtype = open_requested(request), getattr(torch, config["dtype"])
     model = model_in_memory(request, lambda names: tensors_of(source, names, dtype)).eval()
     batches = _batches(rows.used, config["pad_token_id"], min(ROW_LENGTH, config["max_position_embeddings"]))

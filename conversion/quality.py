@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .layout import TensorSpec, split_names
-from .quantize import EMBEDDING, Precision, Scheme, dequantize, make_scheme, restore, round_to_nearest
+from .quantize import EMBEDDING, Precision, Scheme, dequantize, requested_scheme, restore, round_to_nearest
 from .sources import Source, read_header, read_place
 from .verify import (
     OVERFLOW,
@@ -76,7 +76,7 @@ def quantized_findings(request: dict[str, Any]) -> dict[str, Any]:
 
     folder, config = Path(request["folder"]), request["config"]
     wanted = request["quantization"]
-    scheme = make_scheme(wanted["name"], wanted["group_size"])
+    scheme = requested_scheme(request)
     source = open_requested(request)
     stored = Stored(folder, scheme, "fused" if request["remote_code"] else "split")
     exact = wanted["calibration"] is None

@@ -163,6 +163,12 @@ def _described(precision: Precision | None) -> str:
     return f"in {precision.bits} bits with a scale for each {shared}{inputs}"
 
 
+def requested_scheme(request: Mapping[str, Any]) -> Scheme:
+    """The scheme of a request, as of `verify.verify`."""
+    wanted = request["quantization"]
+    return make_scheme(wanted["name"], wanted["group_size"], "fused" if request["remote_code"] else "split")
+
+
 GROUP_SIZE = 32
 # Bits of embeddings and head: KL of HRM-Text-Nano to itself in float32, over answers to 64 held-out questions. The
 # layers alone come to 3.0e-5 with w8a8 and 6.1e-4 with w4a16. On top of that,
@@ -171,12 +177,13 @@ GROUP_SIZE = 32
 SCHEMES = ("w8a8", "w4a16")
 
 
-def make_scheme(name: str, group_size: int | None = None) -> Scheme:
+def make_scheme(name: str, group_size: int | None = None, layout: str = "fused") -> Scheme:
     """The scheme of this name.
 
     Args:
         name: one of `SCHEMES`.
         group_size: columns that share a scale in 4 bits; None is 32.
+        layout: `fused` or `split`; transformers' own class, which reads the second, cannot load packed embeddings.
 
     Raises:
         ConversionError: an unknown name, or a group size where there are no groups or that is none.
@@ -190,7 +197,8 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
     group_size = GROUP_SIZE if group_size is None else group_size
     if type(group_size) is not int or group_size < 8 or group_size % 8:
         raise ConversionError(f"--group-size {group_size!r} is no multiple of 8: choose 32, 64 or 128")
-    return Scheme(name, Precision(4, group_size), Precision(4, group_size), Precision(8))
+    embedding = Precision(8) if layout == "fused" else None
+    return Scheme(name, Precision(4, group_size), Precision(4, group_size), embedding)
 
 
 # ---- numbers and scales ---------------------------------------------------------------------------------------------

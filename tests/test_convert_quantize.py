@@ -209,7 +209,7 @@ def test_every_tensor_of_a_folder(tmp_path, name, layout):
     source = save_published(tmp_path / "source", tensors)
     done = convert(source, tmp_path / "out", quantize=name, layout=layout, verification=False, progress=False)
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    scheme = make_scheme(name)
+    scheme = make_scheme(name, layout=layout)
     assert list(stored) and set(stored) == set(done.plan.specs)
     assert torch.equal(stored["model.z_L_init"], tensors["model.z_L_init"])
     for published in tensors:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,6 +71,17 @@ def test_the_reload_is_what_the_plain_formulas_say(nano, name):
     assert done.verification.differences == []
     assert "within 0 of the plain formulas" in done.verification.logits
     assert len(done.verification.quality) == {"w8a8": 2, "w4a16": 3, "w4a16, GPTQ": 4}[name]
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "HrmTextForCausalLM"), reason="this transformers has no class of its own"
+)
+@pytest.mark.parametrize("options", [{"quantize": "w8a8"}, {"quantize": "w4a16", "calibration": ROWS}])
+def test_transformers_own_class_loads_the_split_layout(tmp_path, options):
+    done = convert(ROOT, tmp_path / "out", layout="split", progress=False, **options)
+    assert done.verification.differences == []
+    assert done.verification.loaded_as.startswith("HrmTextForCausalLM")
+    assert "within 0 of the plain formulas" in done.verification.logits
 
 
 @torch.no_grad()
