@@ -119,6 +119,10 @@ def convert(
         raise ConversionError(
             f"{error.filename or source} cannot be read ({error.strerror}): check the disk and permissions"
         ) from None
+    if calibration is not None and plan.source.tokenizer is None:
+        raise ConversionError(
+            f"--calibration: {source} has no tokenizer, which turns rows into tokens: pass --tokenizer"
+        )
     for warning in plan.warnings:
         warnings.warn(warning, stacklevel=2)
     if dry_run:

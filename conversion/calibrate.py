@@ -25,7 +25,7 @@ from .verify import library_class, model_in_memory, open_requested, run_apart, t
 from .writer import write_file
 
 
-# The sums grow with rows no more after some tens of thousands of tokens; the 1B reads about 70 a second on two cores.
+# More tokens change the sums little, and each takes time.
 MOST_TOKENS = 32_768
 ROW_LENGTH = 1024
 # Of so many rows one is kept back to measure on, of so many at most.
@@ -224,6 +224,7 @@ def _sums(
 
     def add(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         x = arguments[0].flatten(0, -2)
+        x = x.float() if x.dtype is torch.float16 else x  # whose sums would leave its range
         sums[layers[module]] += x.T @ x
 
     hooks = [module.register_forward_pre_hook(add) for module in layers]

@@ -159,7 +159,7 @@ def test_rows_need_an_envelope(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1 + 1", "completion": "2"}\n' * 3)
     source = save_published(tmp_path / "source")
-    assert_refused(source, "--calibration", quantize="w4a16", calibration=rows)
+    assert_refused(source, "has no tokenizer, which turns rows into tokens", quantize="w4a16", calibration=rows)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16"])
