@@ -81,7 +81,7 @@ def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, t
     return cos[:, :, None, None], torch.cat((-first, second), dim=-1)[:, :, None, None]
 
 
-def position_embeddings(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def embeddings_of(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each [batch or 1, tokens, head_dim], of what `rotary_tables` made of them."""
     cos, signed = (table[:, :, 0, 0] for table in tables)
     first, second = signed.chunk(2, dim=-1)
@@ -298,17 +298,14 @@ class HrmTextStack(nn.Module):
             note: told the output of each layer. The others are those of `HrmTextDecoderLayer.forward`.
         """
         if is_traced():
-            for layer in self.layers:
-                hidden_states = layer(
-                    hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings
-                )
-            return norm(hidden_states, self.eps)
+            return self._call_each(hidden_states, attention_mask, position_embeddings)
         plan = attention_mask
         if not isinstance(plan, AttentionPlan):
             plan = _plan_alone(self.config, attention_mask, position_embeddings)
         cache = past_key_values if cache is None else cache
-        if cache is None and any(map(_is_replaced, self.layers)):
-            return self._call_layers_as_the_librarys(hidden_states, plan, note)
+        if cache is None and plan.weights is None and any(map(_is_replaced, self.layers)):
+            mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
+            return self._call_each(hidden_states, mask, embeddings_of(plan.rotary), note)
         for i, layer in enumerate(self.layers):
             compiled = compiled_layer(layer, cache) if hidden_states.shape[1] == 1 and plan.weights is None else None
             if compiled is not None:
@@ -319,12 +316,10 @@ class HrmTextStack(nn.Module):
                 note(hidden_states)
         return norm(hidden_states, self.eps)
 
-    def _call_layers_as_the_librarys(
-        self, hidden_states: torch.Tensor, plan: AttentionPlan, note: Callable[[torch.Tensor], None] | None
+    def _call_each(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor, tables: Any, note: Callable[..., None] | None = None
     ) -> torch.Tensor:
-        """A module call with the arguments of the library's layers, of which a tool keeps copies."""
-        mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
-        tables = position_embeddings(plan.rotary)
+        """A module call with the arguments of the library's layers, of which tools keep copies."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=tables)
             if note is not None:
