@@ -83,8 +83,11 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
     def _take_out_layout(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Replaces `token_type_ids` in `kwargs` by `prompt_layout`, the types of cached and new prompt tokens."""
         types = kwargs.pop("token_type_ids", None)
-        if kwargs.get("prompt_layout") is not None:
-            # A call from inside `generate`: the main model hands its layout to an assistant.
+        handed = kwargs.get("prompt_layout")
+        if handed is not None:
+            # A call from inside `generate`: the main model hands its layout to an assistant, which may come from
+            # another folder and then has its own copy of the class.
+            kwargs["prompt_layout"] = PromptLayout(handed.types, handed.stated, handed.padded)
             return
         if types is not None and not self.config.prefix_lm:
             warn_types_are_ignored()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .harness import CAUSAL, CONVERSATION, ONE_BLOCK, deviation, generated, is_greedy, padded
 from .one_answer_models import one_answer_model
+from .tiny import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,21 @@ def test_assistant(model, assistant, rows, do_sample):
     )
     assert deviation(model, answers) < 1e-4
     assert do_sample or is_greedy(model, answers)
+
+
+def test_an_assistant_from_another_folder(model, tmp_path):
+    """As users load it: with its own copy of every module."""
+    smaller = one_answer_model(4, hidden_size=16, intermediate_size=32)
+    smaller.save_pretrained(tmp_path)
+    for source in ROOT.glob("*_hrm_text.py"):
+        shutil.copy(source, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assistant = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(assistant) is not type(model)
+    answers = generated(model, CONVERSATION, assistant_model=assistant, max_new_tokens=12, eos_token_id=0)
+    assert deviation(model, answers) < 1e-4 and is_greedy(model, answers)
 
 
 def test_same_model_drafts_are_all_accepted():
