@@ -3,68 +3,171 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.measure import Figure, merged
-from benchmarks.models import OURS, ROOT
+from benchmarks.models import ROOT
 
 
+# Names of `llama-quantize`; BF16 is what the converter writes.
+TYPES = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 # Prompts up to this length; longer ones take it minutes.
 LONGEST_PROMPT = 512
+# Steps of one timed run: after a context of its own, which takes longer than they do.
+STEPS = 8
+# Seconds that a program may take: a context of 3072 of the 1B is read in minutes.
+_PATIENCE = 3600
 
 
-def measure_llama(bench: Any, folder: Path, threads: int) -> None:
-    """Converts our random weights to GGUF and times `llama-bench` on them, between two runs of our own.
+@dataclass
+class LlamaCpp:
+    """The programs of a build, and the files that they were given.
+
+    Attributes:
+        folder: holds `llama-bench`, `llama-quantize` and `llama-perplexity`; the converter `convert_hf_to_gguf.py`
+            lies there or in a folder above.
+        kept: where converted files stay for later runs; None for a folder that goes with this object.
+        types: of `TYPES`.
+        threads: CPU threads.
+        layers_on_gpu: 0 for the CPU.
+    """
+
+    folder: Path
+    kept: Path | None
+    types: tuple[str, ...]
+    threads: int
+    layers_on_gpu: int = 0
+    _own: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("llama-bench", "llama-quantize", "llama-perplexity", "convert_hf_to_gguf.py"):
+            self.program(name)
+        if self.kept is None:
+            self._own = tempfile.TemporaryDirectory()
+            self.kept = Path(self._own.name)
+        self.kept.mkdir(parents=True, exist_ok=True)
+
+    def program(self, name: str) -> Path:
+        """Where a program is.
+
+        Raises:
+            FileNotFoundError: it is neither in the folder nor above.
+        """
+        for place in (self.folder, *self.folder.parents):
+            if (place / name).is_file():
+                return place / name
+        raise FileNotFoundError(
+            f"--llama-cpp: {name} is neither in {self.folder} nor in a folder above it; build llama.cpp there"
+        )
+
+    def files(self, model: Any, label: str) -> dict[str, Path]:
+        """One file for each type, made from the weights of our model unless an earlier run left it.
+
+        Args:
+            model: ours, as loaded.
+            label: opens the names; a checksum of the weights follows.
+        """
+        stem = self.kept / f"{label}-{checksum(model):08x}"
+        whole = "BF16" if model.dtype is torch.bfloat16 else "F32"
+        first = stem.with_suffix(f".{whole}.gguf")
+        if not first.is_file():
+            with tempfile.TemporaryDirectory(dir=self.kept) as work:
+                source = Path(work) / "model"
+                model.save_pretrained(source)
+                _make_convertible(source)
+                unfinished = Path(work) / "model.gguf"
+                convert(self.program("convert_hf_to_gguf.py"), source, unfinished, whole.lower())
+                unfinished.replace(first)
+        found = {}
+        for kind in self.types:
+            found[kind] = stem.with_suffix(f".{kind}.gguf")
+            if not found[kind].is_file():
+                unfinished = found[kind].with_suffix(".part")
+                _run([str(self.program("llama-quantize")), str(first), str(unfinished), kind, str(self.threads)])
+                unfinished.replace(found[kind])
+        return found
+
+    def seconds(self, file: Path, arguments: list[str], tokens: int, rounds: int) -> Figure:
+        """What `llama-bench` measures: seconds for one of `tokens`, in each of `rounds` runs after a warm-up."""
+        command = [str(self.program("llama-bench")), "-m", str(file), "-t", str(self.threads), "-r", str(rounds)]
+        command += ["-o", "json", "-ngl", str(self.layers_on_gpu), *arguments]
+        (answer,) = json.loads(_run(command))
+        return Figure(tuple(nanoseconds / 1e9 / tokens for nanoseconds in answer["samples_ns"]))
+
+    def divergence(self, file: Path, base: Path, context: int) -> float:
+        """Mean KL divergence from the probabilities in `base` (see `quality.write_base`), over its scored positions.
+
+        Args:
+            file: of the model.
+            base: what `llama-perplexity --kl-divergence-base` reads.
+            context: tokens of a chunk.
+        """
+        command = [str(self.program("llama-perplexity")), "-m", str(file), "--kl-divergence"]
+        command += ["--kl-divergence-base", str(base), "-c", str(context), "-b", str(context)]
+        command += ["-t", str(self.threads), "-ngl", str(self.layers_on_gpu)]
+        return divergence_printed(_run(command, both=True))
+
+
+def divergence_printed(text: str) -> float:
+    """The mean KL divergence in what `llama-perplexity` prints."""
+    found = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", text)
+    if found is None:
+        raise RuntimeError(f"llama-perplexity printed no mean KLD:\n{text[-2000:]}")
+    return float(found.group(1))
+
+
+def checksum(model: Any) -> int:
+    """Of the first bytes of every tensor and of the config, so that a file is not taken for other weights."""
+    value = zlib.crc32(model.config.to_json_string().encode())
+    for parameter in model.parameters():
+        first = parameter.data.reshape(-1)[: 1 << 14].cpu().contiguous().view(torch.uint8)
+        value = zlib.crc32(first.numpy().tobytes(), value)
+    return value
+
+
+def measure_llama(bench: Any) -> None:
+    """Times each file of `bench.llama` between two turns of our own variants, at batch 1.
 
     Args:
-        bench: a `Bench` with its models; rows are appended to it.
-        folder: holds `llama-bench` and, here or in a folder above, `convert_hf_to_gguf.py`.
-        threads: CPU threads.
-
-    Raises:
-        FileNotFoundError: either program is missing.
+        bench: a `Bench` with its models and its `LlamaCpp`; rows are appended to it.
     """
-    program = _find(folder, "llama-bench")
-    converter = _find(folder, "convert_hf_to_gguf.py")
-    with tempfile.TemporaryDirectory() as work:
-        source, target = Path(work) / "model", Path(work) / "model.gguf"
-        bench.models[OURS].save_pretrained(source)
-        _make_convertible(source)
-        convert(converter, source, target)
-        command = [str(program), "-m", str(target), "-t", str(threads), "-r", str(bench.plan.rounds), "-o", "json"]
-        command += ["-ngl", "0" if bench.device == "cpu" else "99"]
+    files = bench.llama.files(bench.ours, bench.file_label())
+    for kind, file in files.items():
+        bench.note_bytes("bytes", "weights", {f"llama.cpp {kind}": {"median": float(file.stat().st_size)}})
 
-        def between(case: str, ours: Callable[[], dict[str, Figure]], arguments: list[str], tokens: int) -> None:
-            before = ours()
-            seconds = tokens / json.loads(_run([*command, *arguments]))[0]["avg_ts"]
-            figures = merged([before, ours()])
-            bench.note("llama.cpp", case, {**figures, "llama.cpp": Figure((seconds,))})
+    def between(case: str, ours: Callable[[], dict[str, Figure]], arguments: list[str], tokens: int) -> None:
+        parts, theirs = [ours()], {}
+        for kind, file in files.items():
+            theirs[f"llama.cpp {kind}"] = bench.llama.seconds(file, arguments, tokens, bench.plan.rounds)
+            parts.append(ours())
+        bench.note("llama.cpp", case, {**merged(parts), **theirs})
 
-        for context in sorted({context for batch, context in bench.plan.decode if batch == 1}):
-            between(
-                f"step at context {context}",
-                partial(bench.time_decode, 1, context),
-                ["-p", "0", "-n", "8", "-d", str(context)],
-                1,
-            )
-        for tokens in (tokens for tokens in bench.plan.prefill if tokens <= LONGEST_PROMPT):
-            between(
-                f"prompt of {tokens}",
-                partial(bench.time_prefill, tokens, 1),
-                ["-n", "0", "-p", str(tokens)],
-                tokens,
-            )
+    rounds = max(1, bench.plan.rounds // (len(files) + 1) + 1)
+    for context in sorted({context for batch, context in bench.plan.decode if batch == 1}):
+        between(
+            f"step at context {context}",
+            partial(bench.time_decode, 1, context, rounds),
+            ["-p", "0", "-n", str(STEPS), "-d", str(context)],
+            STEPS,
+        )
+    for tokens in (tokens for tokens in bench.plan.prefill if tokens <= LONGEST_PROMPT):
+        between(f"prompt of {tokens}", partial(bench.time_prefill, tokens, 1), ["-n", "0", "-p", str(tokens)], 1)
 
 
-def convert(converter: Path, source: Path, target: Path) -> None:
-    """Runs llama.cpp's converter on a folder whose tokenizer it does not know, as bfloat16.
+def convert(converter: Path, source: Path, target: Path, kind: str = "bf16") -> None:
+    """Runs llama.cpp's converter on a folder whose tokenizer it does not know.
 
     The converter refuses tokenizers by a fingerprint of how they split a test text, and that of the repository is not
     on its list; how text is split does not matter to a benchmark.
@@ -74,7 +177,7 @@ def convert(converter: Path, source: Path, target: Path) -> None:
         f"sys.path[:0] = [{str(converter.parent)!r}, {str(converter.parent / 'gguf-py')!r}]\n"
         "from conversion.base import TextModel\n"
         "TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2'\n"
-        f"sys.argv = ['convert', {str(source)!r}, '--outtype', 'bf16', '--outfile', {str(target)!r}]\n"
+        f"sys.argv = ['convert', {str(source)!r}, '--outtype', {kind!r}, '--outfile', {str(target)!r}]\n"
         f"runpy.run_path({str(converter)!r}, run_name='__main__')\n"
     )
     _run([sys.executable, "-c", code])
@@ -91,17 +194,14 @@ def _make_convertible(folder: Path) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def _find(folder: Path, name: str) -> Path:
-    for place in (folder, *folder.parents):
-        if (place / name).is_file():
-            return place / name
-    raise FileNotFoundError(
-        f"--llama-cpp: {name} is neither in {folder} nor in a folder above it; build llama.cpp there"
-    )
+def _run(command: list[str], both: bool = False) -> str:
+    """What a program prints, with `both` its log too.
 
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    Raises:
+        RuntimeError: it failed.
+        subprocess.TimeoutExpired: it hangs.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
+    return done.stdout + done.stderr if both else done.stdout

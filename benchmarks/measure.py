@@ -63,6 +63,10 @@ class Figure:
             return other.median / self.median
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds))
 
+    def with_limits_times(self, factor: float) -> Figure:
+        """The same seconds, each limit multiplied."""
+        return Figure(self.seconds, tuple(limit * factor for limit in self.limits))
+
     def row(self) -> dict[str, Any]:
         row: dict[str, Any] = {
             "median": self.median,
@@ -192,7 +196,9 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
         about["cuda"] = torch.version.cuda
     else:
         about["instructions"] = [
-            name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in _cpu_flags()
+            name
+            for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+            if name in _cpu_flags()
         ]
     return about
 

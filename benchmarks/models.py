@@ -12,6 +12,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY, OURS, OPTIMIZED, COMPILED = "library", "ours", "optimized", "optimized + compiled layer"
+INT8, INT4 = "8 bits", "4 bits"
+VARIANTS = (LIBRARY, OURS, OPTIMIZED, COMPILED, INT8, INT4)
+# What `optimize_for_inference(weights=...)` is given.
+QUANTIZED = {INT8: "int8", INT4: "int4"}
 
 # Fields that differ from the defaults of the config, which are the 1B's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -94,15 +98,26 @@ def build_library(ours: Any) -> Any:
     return model
 
 
-def build_optimized(ours: Any, compile_layers: bool = False) -> Any:
-    """A copy of our model after `optimize_for_inference`; on CUDA it shares the weights."""
+def build_variant(name: str, ours: Any) -> Any:
+    """The variant of that name, one of `VARIANTS`, on the weights of our model as loaded."""
+    if name == LIBRARY:
+        return build_library(ours)
+    if name == OURS:
+        return ours
+    if name in QUANTIZED:
+        return build_optimized(ours, weights=QUANTIZED[name], keep_weights=False)
+    return build_optimized(ours, compile_layers=name == COMPILED)
+
+
+def build_optimized(ours: Any, **options: Any) -> Any:
+    """A copy of our model after `optimize_for_inference` with these options; on CUDA it shares the weights."""
     if ours.device.type == "cuda":
         twin = _empty(type(ours), ours.config, ours.dtype, "meta")
         twin.load_state_dict(ours.state_dict(), assign=True)
         twin.model.rotary_emb = copy.deepcopy(ours.model.rotary_emb)
     else:
         twin = copy.deepcopy(ours)
-    return twin.optimize_for_inference(compile_layers=compile_layers)
+    return twin.optimize_for_inference(**options)
 
 
 def _empty(cls: Any, config: Any, dtype: torch.dtype, device: str) -> Any:

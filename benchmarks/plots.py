@@ -5,16 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import COMPILED, LIBRARY, OPTIMIZED, OURS
+from benchmarks.models import COMPILED, INT4, INT8, LIBRARY, OPTIMIZED, OURS
 
 
-_COLOURS = {LIBRARY: "#9aa5b1", OURS: "#3f7fbf", OPTIMIZED: "#e07a2f", COMPILED: "#b5482a", "llama.cpp": "#5f9e6e"}
+_COLOURS = {
+    LIBRARY: "#9aa5b1",
+    OURS: "#3f7fbf",
+    OPTIMIZED: "#e07a2f",
+    COMPILED: "#b5482a",
+    INT8: "#c25b9b",
+    INT4: "#7d4fa8",
+    # Greens, the fewer bits the darker; files of earlier runs have the first.
+    "llama.cpp": "#5f9e6e",
+    "llama.cpp BF16": "#a3cfae",
+    "llama.cpp Q8_0": "#6fb07f",
+    "llama.cpp Q4_0": "#3f7f52",
+    "llama.cpp Q4_K_M": "#275c38",
+}
 _OTHERS = ("#6b7a8f", "#8d6b94", "#b185a7", "#c3a29e")
 _TITLES = {
     "prefill": "Prefill of one prompt",
     "decode": "Decoding, one step",
     "llama.cpp": "Beside llama.cpp, batch 1",
+    "drafts": "Decoding, several tokens of one row at once",
     "training": "Training step",
+    "bytes": "Weights",
     "cache": "Decoding with quantized caches",
     "memory": "Peak memory above the weights",
     "compile": "First compiled token",

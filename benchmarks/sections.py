@@ -17,25 +17,29 @@ from typing import Any
 
 import torch
 
+from benchmarks.llama import LlamaCpp, measure_llama
 from benchmarks.measure import Figure, Limits, free_memory, interleaved, merged
 from benchmarks.models import (
-    COMPILED,
+    INT4,
+    INT8,
     LIBRARY,
     OPTIMIZED,
     OURS,
-    build_library,
-    build_optimized,
+    QUANTIZED,
     build_ours,
+    build_variant,
     config_of,
     filled_cache,
-    library_is_there,
 )
+from benchmarks.quality import measure_quality
 from benchmarks.quantized import measure_quantized
 
 
 # Norm of the difference from the logits of float32, over their norm: at most this far, or at most so many times as far
-# as the library's class is, which rounds at other places.
+# as the library's class is, which rounds at other places. What is quantized is judged by its divergence instead.
 AGREEMENT, AGREEMENT_TIMES = 1e-4, 1.25
+# Bytes of one weight of the stacks and of one of the output head, at the least: no scales.
+_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.5, 1.0)}
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Plan:
         rounds: how often each run is timed after its warm-up.
         steps: tokens in one timed run of decoding.
         training: rows and tokens of the training step.
+        drafts: context, and how many tokens one step checks at once, as in speculative decoding.
+        quality: rows of tokens whose divergence from float32 is measured.
     """
 
     prefill: tuple[int, ...] = (128, 512, 1024, 2048)
@@ -57,6 +63,8 @@ class Plan:
     rounds: int = 5
     steps: int = 2
     training: tuple[int, int] = (2, 512)
+    drafts: tuple[int, tuple[int, ...]] = (1024, (1, 2, 4, 8))
+    quality: int = 8
 
 
 QUICK = Plan(prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2)
@@ -76,8 +84,10 @@ class Bench:
     device: str
     plan: Plan
     say: Callable[[str], None]
-    compile_layers: bool = False
+    variants: tuple[str, ...] = (LIBRARY, OURS, OPTIMIZED)
+    llama: LlamaCpp | None = None
     machine: Limits | None = None
+    ours: Any = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
@@ -86,44 +96,61 @@ class Bench:
         """Builds every variant on the same weights."""
         config = config_of(self.size, self.layers)
         self.machine = Limits(self.device, self.dtype)
-        ours = build_ours(config, self.dtype, self.device)
-        if library_is_there():
-            self.models[LIBRARY] = build_library(ours)
-        self.models[OURS] = ours
-        self.models[OPTIMIZED] = build_optimized(ours)
-        if self.compile_layers:
-            self.models[COMPILED] = build_optimized(ours, compile_layers=True)
+        self.ours = build_ours(config, self.dtype, self.device)
+        plain = sum(parameter.numel() for parameter in self.ours.parameters()) * self.dtype.itemsize
+        sizes = {}
+        for name in self.variants:
+            free_memory(self.device)
+            before = _memory_now(self.device, reset=True)
+            self.models[name] = build_variant(name, self.ours)
+            free_memory(self.device)
+            # The library's class views the weights of ours, as an optimized model does on CUDA.
+            held = _memory_now(self.device, reset=True) - before if name in QUANTIZED else plain
+            sizes[name] = {"median": float(held)}
+        self.note_bytes("bytes", "weights", sizes)
+
+    def let_go(self) -> None:
+        """Frees the models, for what runs in processes of its own or builds its own."""
+        self.models.clear()
+        self.ours = None
+        free_memory(self.device)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        return config_of(self.size, self.layers)
+
+    def file_label(self) -> str:
+        """Opens the names of files made of these weights."""
+        return f"{self.size}-{str(self.dtype).removeprefix('torch.')}-{self.layers or 'all'}"
 
     # ---- costs ---------------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> int:
         """Module calls of one forward pass."""
-        config = self.models[OURS].config
+        config = self.config
         return config.H_cycles * (config.L_cycles + 1)
 
     @property
     def weights_of_a_stack(self) -> int:
         """Elements of the matrices of one stack."""
-        config = self.models[OURS].config
+        config = self.config
         width = config.num_attention_heads * config.head_dim
         layer = 5 * width * config.hidden_size + 3 * config.intermediate_size * config.hidden_size
         return layer * config.num_layers_per_stack
 
-    def decode_bytes(self, batch: int, context: int) -> int:
+    def decode_bytes(self, batch: int, context: int, variant: str = OURS) -> int:
         """Bytes that one decoding step has to read: every weight once a call, the head, and the cache."""
-        config, size = self.models[OURS].config, self.dtype.itemsize
-        weights = self.weights_of_a_stack * self.calls + config.vocab_size * config.hidden_size
+        config, size = self.config, self.dtype.itemsize
+        a_weight, a_head_weight = _WEIGHT_BYTES.get(variant, (size, size))
+        weights = self.weights_of_a_stack * self.calls * a_weight
+        head = config.vocab_size * config.hidden_size * a_head_weight
         cached = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * batch * context
-        return (weights + cached) * size
-
-    def decode_limit(self, batch: int, context: int) -> float:
-        """Seconds to read those bytes, at the rate at which this machine reads now."""
-        return self.decode_bytes(batch, context) / self.machine.bytes_read()
+        return int(weights + head + cached * size)
 
     def prefill_operations(self, tokens: int) -> int:
         """Floating point operations of a prompt that is one block, with the logits of its last position."""
-        config = self.models[OURS].config
+        config = self.config
         attention = 4 * tokens * tokens * config.num_attention_heads * config.head_dim * config.num_hidden_layers
         head = 2 * config.vocab_size * config.hidden_size
         return 2 * self.weights_of_a_stack * self.calls * tokens + attention + head
@@ -176,30 +203,35 @@ class Bench:
         """Whether the logits of a prefix of 128 tokens and a response of 64 agree between all variants.
 
         Each is compared with float32: the library's class where that is the dtype that is measured, else our model,
-        which the tests hold to the library's.
+        which the tests hold to the library's. Quantized variants are told, not judged.
         """
-        config = self.models[OURS].config
+        config = self.config
         ids = torch.randint(12, config.vocab_size, (1, 192), generator=torch.Generator().manual_seed(2)).to(
             self.device
         )
         types = (torch.arange(192, device=self.device) < 128).long()[None]
         logits = {name: model(ids, token_type_ids=types).logits.float() for name, model in self.models.items()}
         if self.dtype is torch.float32:
-            exact = logits.get(LIBRARY, logits[OURS])
+            exact = logits.get(LIBRARY)
+            exact = self.ours(ids, token_type_ids=types).logits if exact is None else exact
         else:
-            exact = copy.deepcopy(self.models[OURS]).float()(ids, token_type_ids=types).logits
+            exact = copy.deepcopy(self.ours).float()(ids, token_type_ids=types).logits
         errors = {name: float((values - exact).norm() / exact.norm()) for name, values in logits.items()}
-        bound = max(AGREEMENT, AGREEMENT_TIMES * errors.get(LIBRARY, errors[OURS]))
+        rounded = [errors[name] for name in (LIBRARY, OURS) if name in errors]
+        bound = max(AGREEMENT, AGREEMENT_TIMES * rounded[0] if rounded else 0.0)
+        agree = True
         for name, error in errors.items():
             same = float((logits[name].argmax(-1) == exact.argmax(-1)).float().mean())
-            row = self.row("agreement", "logits", name, "relative error")
-            row |= {"median": error, "same_argmax": same, "fine": error <= bound}
+            row = self.row("agreement", "logits", name, "relative error") | {"median": error, "same_argmax": same}
+            if name not in QUANTIZED:
+                row["fine"] = error <= bound
+                agree = agree and row["fine"]
             self.rows.append(row)
             self.say(
                 f"{self.size:5} agreement of {name} with float32: relative error {error:.1e}, "
                 f"same best token {same:.0%}"
             )
-        return all(error <= bound for error in errors.values())
+        return agree
 
     def measure_prefill(self) -> None:
         """A prompt that is one prefix block, into a new cache, with the logits of its last position."""
@@ -209,7 +241,7 @@ class Bench:
     @torch.inference_mode()
     def time_prefill(self, tokens: int, rounds: int) -> dict[str, Figure]:
         """Seconds of each variant for one prompt, taking turns."""
-        ids = torch.randint(12, self.models[OURS].config.vocab_size, (1, tokens)).to(self.device)
+        ids = torch.randint(12, self.config.vocab_size, (1, tokens)).to(self.device)
         arguments = {
             "input_ids": ids,
             "token_type_ids": torch.ones_like(ids),
@@ -232,7 +264,7 @@ class Bench:
 
     def _cache_bytes(self, batch: int, context: int) -> float:
         """With room for a quarter of slack, and for the copies that a cache without storage of its own makes."""
-        config = self.models[OURS].config
+        config = self.config
         a_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * self.dtype.itemsize
         return a_token * batch * (context * 1.05 + 64) + 64e6
 
@@ -240,12 +272,13 @@ class Bench:
         return free_memory(self.device) * 0.9
 
     @torch.inference_mode()
-    def time_decode(self, batch: int, context: int) -> dict[str, Figure]:
-        """Seconds of each variant for one step, taking turns."""
-        token = torch.randint(12, self.models[OURS].config.vocab_size, (batch, 1)).to(self.device)
+    def time_decode(self, batch: int, context: int, rounds: int | None = None, tokens: int = 1) -> dict[str, Figure]:
+        """Seconds of each variant for one step of so many new tokens a row, taking turns."""
+        token = torch.randint(12, self.config.vocab_size, (batch, tokens)).to(self.device)
+        rounds = rounds or self.plan.rounds
         caches: dict[str, Any] = {}
         # Our model is called as `generate` calls it.
-        rooms = type(self.models[OURS]).__module__.rpartition(".")[0]
+        rooms = type(self.ours).__module__.rpartition(".")[0]
         step = importlib.import_module(f"{rooms}.layout_hrm_text").StepLayout(padded=False)
 
         def run(name: str) -> None:
@@ -255,8 +288,18 @@ class Bench:
 
         def each(names: Iterable[str], rounds: int) -> dict[str, Figure]:
             runs = {name: lambda name=name: run(name) for name in names}
-            limit = functools.partial(self.decode_limit, batch, context)
-            return interleaved(self.device, runs, rounds, after=crop, steps=self.plan.steps, limit=limit)
+            figures = interleaved(
+                self.device,
+                runs,
+                rounds,
+                after=crop,
+                steps=self.plan.steps,
+                limit=lambda: 1 / self.machine.bytes_read(),
+            )
+            return {
+                name: figure.with_limits_times(self.decode_bytes(batch, context, name))
+                for name, figure in figures.items()
+            }
 
         def crop() -> None:
             for cache in caches.values():
@@ -266,7 +309,7 @@ class Bench:
 
         if self._cache_bytes(batch, context) * len(self.models) <= self._room():
             caches.update({name: filled_cache(name, model, batch, context) for name, model in self.models.items()})
-            return each(self.models, self.plan.rounds)
+            return each(self.models, rounds)
         # The caches do not fit side by side: each is built anew in every round, so that the runs still take turns.
         parts: list[dict[str, Figure]] = []
         for _ in range(2):
@@ -278,11 +321,26 @@ class Bench:
                 free_memory(self.device)
         return merged(parts)
 
+    def measure_drafts(self) -> None:
+        """Steps that check several tokens of one row at once, as speculative decoding takes them."""
+        context, counts = self.plan.drafts
+        for count in counts:
+            case = f"{count} tokens at once, context {context}"
+            self.note("drafts", case, self.time_decode(1, context, tokens=count))
+
+    def measure_quality(self) -> None:
+        """KL divergence from float32, beside llama.cpp's files."""
+        measure_quality(self, self.plan.quality)
+
+    def measure_llama(self) -> None:
+        """llama.cpp's files between turns of our variants."""
+        measure_llama(self)
+
     def measure_training(self) -> None:
         """Forward and backward of rows whose first half is prefix, gradient checkpointing off."""
         rows, tokens = self.plan.training
         names = [name for name in (LIBRARY, OURS) if name in self.models]
-        ids = torch.randint(12, self.models[OURS].config.vocab_size, (rows, tokens)).to(self.device)
+        ids = torch.randint(12, self.config.vocab_size, (rows, tokens)).to(self.device)
         half = torch.arange(tokens, device=self.device) < tokens // 2
         types = half.long().expand(rows, -1)
         labels = torch.where(half, -100, ids)
@@ -305,7 +363,7 @@ class Bench:
         cases = [("prefill", 2048), ("prefill with response", 2048), ("training", 512)]
         for task, tokens in cases:
             figures = {}
-            for name in self.models:
+            for name in self.variants:
                 if task == "training" and name not in (LIBRARY, OURS):
                     continue
                 answer = _child(["--peak", name, task, str(tokens)], self, timeout=1800)
@@ -318,7 +376,7 @@ class Bench:
         """Seconds to the first compiled token, at the depth of this size and a small width, nothing in any cache."""
         figures = {}
         for name in (LIBRARY, OURS):
-            if name in self.models:
+            if name in self.variants:
                 answer = _child(["--first-compiled", name], self, timeout=1800)
                 if answer is not None:
                     figures[name] = Figure((answer["seconds"],))
@@ -360,14 +418,7 @@ def _child(arguments: list[str], bench: Bench, timeout: float) -> dict[str, Any]
 def _one_variant(
     variant: str, size: str, layers: int | None, dtype: torch.dtype, device: str, **overrides: Any
 ) -> Any:
-    model = build_ours(config_of(size, layers, **overrides), dtype, device)
-    if variant == LIBRARY:
-        return build_library(model)
-    if variant == OPTIMIZED:
-        return model.optimize_for_inference()
-    if variant == COMPILED:
-        return model.optimize_for_inference(compile_layers=True)
-    return model
+    return build_variant(variant, build_ours(config_of(size, layers, **overrides), dtype, device))
 
 
 def peak_memory(
