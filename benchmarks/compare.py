@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.llama import TYPES, LlamaCpp
-from benchmarks.measure import describe_machine
+from benchmarks.measure import describe_machine, joined
 from benchmarks.models import COMPILED, LIBRARY, QUANTIZED, SIZES, VARIANTS, library_is_there
 from benchmarks.plots import draw
 from benchmarks.sections import QUICK, Bench, Plan, first_compiled_token, peak_memory
@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llama-types", nargs="+", choices=TYPES, default=TYPES, help="of its files; default: all")
     parser.add_argument("--llama-files", type=Path, metavar="DIR", help="keep its files here for later runs")
     parser.add_argument("--output", type=Path, help="path of the JSON and PNG files, without suffix")
-    parser.add_argument("--merge", action="store_true", help="add to an earlier JSON file, instead of a new one")
+    parser.add_argument("--merge", action="store_true", help="add turns and rows to an earlier JSON file")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the plots of an earlier run")
     # For the processes that the program starts itself.
     parser.add_argument("--peak", nargs=3, metavar=("VARIANT", "TASK", "TOKENS"), help=argparse.SUPPRESS)
@@ -160,16 +160,6 @@ def earlier(path: Path, machine: dict[str, Any], layers: int | None) -> dict[str
         raise ValueError(f"--layers is {found.get('layers_per_stack')} there and {layers} now")
     found.setdefault("runs", [])
     return found
-
-
-def joined(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of an earlier run and of this one, whose own replace those of the same size, section, case and variant."""
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in ("size", "section", "case", "variant"))
-
-    measured = set(map(key, new))
-    return [row for row in old if key(row) not in measured] + new
 
 
 def measure(options: argparse.Namespace) -> int:

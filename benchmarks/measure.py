@@ -76,7 +76,13 @@ class Figure:
         }
         if self.limits:
             row |= {"limit": statistics.median(self.limits), "of_limit": self.of_limit}
+            row["limits"] = [round(value, 6) for value in self.limits]
         return row
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Figure:
+        """What `row` was made of."""
+        return cls(tuple(row["seconds"]), tuple(row.get("limits", ())))
 
 
 def interleaved(
@@ -123,6 +129,26 @@ def merged(parts: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
         name: Figure(sum((part[name].seconds for part in parts), ()), sum((part[name].limits for part in parts), ()))
         for name in parts[0]
     }
+
+
+def joined(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier run and of this one.
+
+    Turns of the same size, section, case and variant add up; what is not seconds is replaced.
+    """
+    rows = {_key(row): row for row in old}
+    for row in new:
+        before = rows.get(_key(row), {})
+        if "seconds" in row and "seconds" in before:
+            both = merged([{"": Figure.of_row(before)}, {"": Figure.of_row(row)}])[""]
+            # A ratio is of the turns of one run.
+            row = {name: value for name, value in row.items() if name != "times_library"} | both.row()
+        rows[_key(row)] = row
+    return list(rows.values())
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("size", "section", "case", "variant"))
 
 
 def _best(device: str, run: Callable[[], Any], times: int) -> float:

@@ -29,6 +29,8 @@ from training.nano_tasks import CONDITIONS, TASKS, draw
 _REACH, _LEVELS = 16.0, 65535
 # Of a row: half are context, and all but the last of the others are scored.
 ROW = 64
+# Rows of the trained model, and of a larger one with random weights.
+QUESTION_ROWS, RANDOM_ROWS = 64, 4
 # llama.cpp's types with a K take rows of so many values; others are left in larger types.
 SUPER_BLOCK = 256
 
@@ -152,23 +154,22 @@ def widened(model: Any, width: int) -> Any:
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure_quality(bench: Any, rows: int) -> None:
+def measure_quality(bench: Any) -> None:
     """KL divergence from float32 of our variants and, where it is built, of llama.cpp's files.
 
     Of the size "nano" the trained model is judged, on its questions; of others random weights, on random tokens.
 
     Args:
         bench: a `Bench`; rows are appended to it. Its models have been let go: one at a time is built here.
-        rows: of `ROW` tokens.
     """
     trained = bench.size == "nano"
     if trained:
-        model, ids = trained_nano(), question_rows(rows)
+        model, ids = trained_nano(), question_rows(QUESTION_ROWS)
         exact = model
         case = "trained Nano, its questions"
     else:
         model = build_ours(config_of(bench.size, bench.layers), bench.dtype, bench.device)
-        ids = random_rows(model.config.vocab_size, rows)
+        ids = random_rows(model.config.vocab_size, RANDOM_ROWS)
         exact = copy.deepcopy(model).float()
         case = "random weights and tokens"
     ids = ids.to(bench.device)

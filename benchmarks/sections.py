@@ -39,7 +39,7 @@ from benchmarks.quantized import measure_quantized
 # as the library's class is, which rounds at other places. What is quantized is judged by its divergence instead.
 AGREEMENT, AGREEMENT_TIMES = 1e-4, 1.25
 # Bytes of one weight of the stacks and of one of the output head, at the least: no scales.
-_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.5, 1.0)}
+_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.5, 0.5)}
 
 
 @dataclass
@@ -53,7 +53,6 @@ class Plan:
         steps: tokens in one timed run of decoding.
         training: rows and tokens of the training step.
         drafts: context, and how many tokens one step checks at once, as in speculative decoding.
-        quality: rows of tokens whose divergence from float32 is measured.
     """
 
     prefill: tuple[int, ...] = (128, 512, 1024, 2048)
@@ -64,7 +63,6 @@ class Plan:
     steps: int = 2
     training: tuple[int, int] = (2, 512)
     drafts: tuple[int, tuple[int, ...]] = (1024, (1, 2, 4, 8))
-    quality: int = 8
 
 
 QUICK = Plan(prefill=(128,), decode=((1, 128), (1, 1024)), rounds=2)
@@ -330,7 +328,7 @@ class Bench:
 
     def measure_quality(self) -> None:
         """KL divergence from float32, beside llama.cpp's files."""
-        measure_quality(self, self.plan.quality)
+        measure_quality(self)
 
     def measure_llama(self) -> None:
         """llama.cpp's files between turns of our variants."""
