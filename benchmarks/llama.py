@@ -146,7 +146,7 @@ def measure_llama(bench: Any) -> None:
     Args:
         bench: a `Bench` with its models and its `LlamaCpp`; rows are appended to it.
     """
-    files = bench.llama.files(bench.ours, bench.file_label())
+    files = bench.llama_files
     for kind, file in files.items():
         bench.note_bytes("bytes", "weights", {f"llama.cpp {kind}": {"median": float(file.stat().st_size)}})
 

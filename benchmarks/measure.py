@@ -195,6 +195,15 @@ def free_memory(device: str) -> float:
     return float(psutil.virtual_memory().available)
 
 
+def held_memory() -> float | None:
+    """Bytes of main memory that this process holds; None where the system does not tell as Linux does."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS:"))
+    except OSError:
+        return None
+
+
 def _trim_heap() -> None:
     """Gives back what glibc keeps of freed memory, which other allocations of the process may not be able to use."""
     with contextlib.suppress(AttributeError, OSError, TypeError):

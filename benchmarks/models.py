@@ -98,15 +98,22 @@ def build_library(ours: Any) -> Any:
     return model
 
 
-def build_variant(name: str, ours: Any) -> Any:
-    """The variant of that name, one of `VARIANTS`, on the weights of our model as loaded."""
+def build_variant(name: str, ours: Any, in_place: bool = False) -> Any:
+    """The variant of that name, one of `VARIANTS`, on the weights of our model as loaded.
+
+    Args:
+        name, ours: of what.
+        in_place: change `ours` itself where the variant is another form of it, in place of a copy.
+    """
     if name == LIBRARY:
         return build_library(ours)
     if name == OURS:
         return ours
     if name in QUANTIZED:
-        return build_optimized(ours, weights=QUANTIZED[name], keep_weights=False)
-    return build_optimized(ours, compile_layers=name == COMPILED)
+        options: dict[str, Any] = {"weights": QUANTIZED[name], "keep_weights": False}
+    else:
+        options = {"compile_layers": name == COMPILED}
+    return ours.optimize_for_inference(**options) if in_place else build_optimized(ours, **options)
 
 
 def build_optimized(ours: Any, **options: Any) -> Any:

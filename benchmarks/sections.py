@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.llama import LlamaCpp, measure_llama
-from benchmarks.measure import Figure, Limits, free_memory, interleaved, merged
+from benchmarks.measure import Figure, Limits, free_memory, held_memory, interleaved, merged
 from benchmarks.models import (
     INT4,
     INT8,
@@ -26,6 +27,7 @@ from benchmarks.models import (
     OPTIMIZED,
     OURS,
     QUANTIZED,
+    VARIANTS,
     build_ours,
     build_variant,
     config_of,
@@ -85,6 +87,7 @@ class Bench:
     variants: tuple[str, ...] = (LIBRARY, OURS, OPTIMIZED)
     llama: LlamaCpp | None = None
     machine: Limits | None = None
+    llama_files: dict[str, Path] = field(default_factory=dict)
     ours: Any = None
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -95,16 +98,24 @@ class Bench:
         config = config_of(self.size, self.layers)
         self.machine = Limits(self.device, self.dtype)
         self.ours = build_ours(config, self.dtype, self.device)
+        if self.llama is not None:
+            self.llama_files = self.llama.files(self.ours, self.file_label())
         plain = sum(parameter.numel() for parameter in self.ours.parameters()) * self.dtype.itemsize
-        sizes = {}
-        for name in self.variants:
+        sizes: dict[str, dict[str, float]] = {}
+        # From few bits to many; the last takes the weights themselves where nothing else needs them.
+        order = sorted(self.variants, key=VARIANTS.index, reverse=True)
+        for name in order:
             free_memory(self.device)
-            before = _memory_now(self.device, reset=True)
-            self.models[name] = build_variant(name, self.ours)
+            before = held_memory()
+            alone = name == order[-1] and not {LIBRARY, OURS} & set(order)
+            self.models[name] = build_variant(name, self.ours, in_place=alone)
             free_memory(self.device)
             # The library's class views the weights of ours, as an optimized model does on CUDA.
-            held = _memory_now(self.device, reset=True) - before if name in QUANTIZED else plain
-            sizes[name] = {"median": float(held)}
+            if name not in QUANTIZED:
+                sizes[name] = {"median": float(plain)}
+            elif before is not None:
+                sizes[name] = {"median": held_memory() - before + (plain if alone else 0)}
+        self.models = {name: self.models[name] for name in self.variants}
         self.note_bytes("bytes", "weights", sizes)
 
     def let_go(self) -> None:
