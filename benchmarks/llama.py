@@ -57,6 +57,8 @@ class LlamaCpp:
         if self.kept is None:
             self._own = tempfile.TemporaryDirectory()
             self.kept = Path(self._own.name)
+        # In full: `llama-quantize` takes a name that opens with a digit for the number of a type.
+        self.kept = self.kept.expanduser().resolve()
         self.kept.mkdir(parents=True, exist_ok=True)
 
     def program(self, name: str) -> Path:
