@@ -104,7 +104,8 @@ class LlamaCpp:
     def seconds(self, file: Path, arguments: list[str], tokens: int, rounds: int) -> Figure:
         """What `llama-bench` measures: seconds for one of `tokens`, in each of `rounds` runs after a warm-up."""
         command = [str(self.program("llama-bench")), "-m", str(file), "-t", str(self.threads), "-r", str(rounds)]
-        command += ["-o", "json", "-ngl", str(self.layers_on_gpu), *arguments]
+        # Read into memory of its own: mapped pages of a large file come and go with what else the machine does.
+        command += ["-o", "json", "-lm", "none", "-ngl", str(self.layers_on_gpu), *arguments]
         (answer,) = json.loads(_run(command))
         return Figure(tuple(nanoseconds / 1e9 / tokens for nanoseconds in answer["samples_ns"]))
 

@@ -41,7 +41,7 @@ from benchmarks.quantized import measure_quantized
 # as the library's class is, which rounds at other places. What is quantized is judged by its divergence instead.
 AGREEMENT, AGREEMENT_TIMES = 1e-4, 1.25
 # Bytes of one weight of the stacks and of one of the output head, at the least: no scales.
-_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.5, 0.5)}
+_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.5, 1.0)}
 
 
 @dataclass
