@@ -205,7 +205,7 @@ def run(folder: Path, count: int, seed: int, verified: int) -> tuple[int, int]:
         shutil.copytree(original, source)
         what = f"{original.name} {number}: {mutate(source, draw, outside)}"
         fully = full < verified and number >= full * count // max(verified, 1)
-        signal.alarm(300)
+        signal.alarm(900)  # of waiting; a busy machine may stand still for minutes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             converted = check(source, work / "output", what, fully)
