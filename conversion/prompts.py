@@ -99,9 +99,10 @@ def _foreign(
     if found:
         names = {**{int(index): token for index, token in found["names"].items()}, **names}
     if fields["prefix_end_token_id"] is None:
+        why = "its chat template does not tell turns apart" if found else "its chat template does not render a chat"
         warnings.append(
             f"{tokenizer.folder}: its prompts are not those of HRM-Text, and "
-            + ("its chat template does not tell turns apart" if tokenizer.template else "it has no chat template")
+            + (why if tokenizer.template else "it has no chat template")
             + ": prompts are read causally unless token_type_ids are given; say what opens and closes them with "
             "prefix_start_token_ids and prefix_end_token_id in config.json"
         )

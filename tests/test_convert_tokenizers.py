@@ -68,7 +68,7 @@ def train_tokenizer(folder, kind="bytes", template=GEMMA, special=SPECIAL, **set
         )
     tokenizer.train_from_iterator(corpus(1000), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"} if special is SPECIAL else {}
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"} if special[:4] == SPECIAL[:4] else {}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **settings}
     if template is not None:
         settings["chat_template"] = template
