@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first-compiled", metavar="VARIANT", help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    options.command = ["python", "-m", "benchmarks.compare", *arguments]
+    options.command = command_of(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     for name in ("batch", "context", "prompt"):
@@ -103,6 +104,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.plot is not None and not options.plot.is_file():
         parser.error(f"--plot: there is no file {options.plot}")
     return options
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command as others may give it: with a word in place of each path of this machine."""
+    words = ["python", "-m", "benchmarks.compare"]
+    for before, word in zip(["", *arguments], arguments):
+        words.append("PATH" if before in ("--llama-cpp", "--llama-files", "--output") else word)
+    return shlex.join(words)
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -206,7 +215,7 @@ def measure(options: argparse.Namespace) -> int:
             del bench
     result["rows"] = joined(result["rows"], rows)
     result["limits"] = {**result.get("limits", {}), **{size: found for size, found in limits.items() if found}}
-    result["runs"].append({"command": shlex.join(options.command), "date": machine["date"], "limits": limits})
+    result["runs"].append({"command": options.command, "date": machine["date"], "limits": limits})
     output.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("written:", path, *draw(result, output))

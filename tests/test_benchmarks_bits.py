@@ -147,7 +147,10 @@ def test_a_run_beside_llama_cpp(llama, tmp_path, monkeypatch, capsys):
     arguments += ["--batch", "1", "--output", str(tmp_path / "run"), "--threads", str(torch.get_num_threads())]
     assert compare.main([*arguments, "--only", "llama.cpp"]) == 0
     assert compare.main([*arguments, "--only", "drafts", "quality", "--merge"]) == 0
-    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    result = json.loads((tmp_path / "run.json").read_text())
+    rows, runs = result["rows"], result["runs"]
+    assert [str(tmp_path) in run["command"] for run in runs] == [False, False]
+    assert runs[1]["command"].endswith("--only drafts quality --merge")
     found = {(row["section"], row["case"], row["variant"]): row["median"] for row in rows}
     assert found["llama.cpp", "step at context 8", "llama.cpp Q4_0"] == 0.25
     assert found["llama.cpp", "prompt of 16", "llama.cpp BF16"] == 2.0
