@@ -93,11 +93,18 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
                     labels.append(f"{times:.2f}{'' if as_speed else 'x'}" if times else "")
         bars = axis.bar(places, heights, width * 0.92, color=colours[variant], label=variant)
         axis.bar_label(bars, labels, fontsize=6.5, padding=1)
+    line = {"colors": "black", "linestyles": "dotted", "linewidth": 1.2}
     for place, case in enumerate(cases):
         reference = next((row for row in rows if row["case"] == case and "limit" in row), None)
-        if reference is not None:
-            limit = 1 / reference["of_limit"] if as_speed else reference["limit"] / scale
-            axis.hlines(limit, place - 0.42, place + 0.42, colors="black", linestyles="dotted", linewidth=1.2)
+        if reference is not None and as_speed:
+            axis.hlines(1 / reference["of_limit"], place - 0.42, place + 0.42, **line)
+        elif reference is not None:
+            # Fewer bits have a limit of their own.
+            for i, variant in enumerate(variants):
+                row = next((row for row in rows if (row["case"], row["variant"]) == (case, variant)), {})
+                if "limit" in row:
+                    left = place + (i - len(variants) / 2) * width
+                    axis.hlines(row["limit"] / scale, left, left + width, **line)
     axis.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=7)
     axis.set_title(
         f"{title} (dotted: the machine's limit)" if any("limit" in row for row in rows) else title, fontsize=10

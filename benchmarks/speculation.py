@@ -49,7 +49,8 @@ class Steps:
         """A forward pre-hook. The first call of an answer reads the prompt, whose types come with it."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.calls += 1
-        cache = kwargs.get("past_key_values")
+        # Later releases call it `cache`.
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and int(cache.get_seq_length()):
             self.drafted += ids.shape[1] - 1
 
