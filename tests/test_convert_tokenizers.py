@@ -291,7 +291,7 @@ def test_a_template_that_never_ends_is_left(tmp_path, monkeypatch):
     forever = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     source = make_checkpoint(tmp_path / "source")
     train_tokenizer(source, template=forever)
-    with pytest.warns(UserWarning, match="does not tell turns apart"):
+    with pytest.warns(UserWarning, match="does not render a chat"):
         convert(source, tmp_path / "out", verification=False, progress=False)
 
 
