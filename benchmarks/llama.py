@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ LONGEST_PROMPT = 512
 STEPS = 8
 # Seconds that a program may take: a context of 3072 of the 1B is read in minutes.
 _PATIENCE = 3600
+_TRIES = 5
 
 
 @dataclass
@@ -120,6 +122,10 @@ class LlamaCpp:
         command = [str(self.program("llama-perplexity")), "-m", str(file), "--kl-divergence"]
         command += ["--kl-divergence-base", str(base), "-c", str(context), "-b", str(context)]
         command += ["-t", str(self.threads), "-ngl", str(self.layers_on_gpu)]
+        # Its log is written by a thread that the end of the program sometimes outruns, and the mean comes last.
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(ValueError):
+                return divergence_printed(_run(command, both=True))
         return divergence_printed(_run(command, both=True))
 
 
@@ -127,7 +133,7 @@ def divergence_printed(text: str) -> float:
     """The mean KL divergence in what `llama-perplexity` prints."""
     found = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", text)
     if found is None:
-        raise RuntimeError(f"llama-perplexity printed no mean KLD:\n{text[-2000:]}")
+        raise ValueError(f"llama-perplexity printed no mean KLD:\n{text[-2000:]}")
     return float(found.group(1))
 
 
