@@ -311,10 +311,10 @@ def test_memory_of_the_1b_follows_from_its_config():
     assert f"{4096 * token / 1e9:.1f} GB at the full" in SENTENCES
     stacks = 32 * (5 * 1536 * 1536 + 3 * 1536 * 4096)
     assert f"{stacks / 1e6:.0f} M of the 1,183 M" in SENTENCES
-    assert (
-        f"{stacks / 1e9:.1f} or {stacks / 2e9:.1f} GB plus scales, beside {(weights - 2 * stacks) / 1e9:.1f}"
-        in SENTENCES
-    )
+    table = 65536 * 1536  # of the embeddings, and of the output head
+    assert f"`--quantize w8a8` writes a folder with {(stacks + 3 * table) / 1e9:.2f} GB" in SENTENCES
+    # 2 bytes of a scale for 32 columns of half a byte.
+    assert f"`--quantize w4a16` one with {((stacks + table) * 9 / 16 + table) / 1e9:.2f} GB" in SENTENCES
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------
