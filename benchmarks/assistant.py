@@ -17,13 +17,10 @@ import torch
 from transformers import set_seed
 
 from training.hub_folder import load_class, save_nano
-from training.nano import EVERYTHING, PHASES, Phase, make_config, make_tokenizer, train
+from training.nano import EVERYTHING, PHASES, make_config, make_tokenizer, train
 
 
 STEPS = 1500
-# Two module calls are all that there is to backpropagate through. Every task from the start: there is no time for
-# stages.
-RECIPE = replace(PHASES[0].recipe, first_gradient_steps=2, last_gradient_steps=2, decay_from=0.4, average=0.99)
 SHAPE = {"num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]}
 
 EPILOG = """example:
@@ -60,7 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = make_tokenizer()
     model = load_class("modeling_hrm_text.HrmTextForCausalLM")(assistant_config())
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
-    phase = Phase(options.steps, RECIPE, ((sys.maxsize, EVERYTHING),))
+    # Two module calls are all that there is to backpropagate through, so there is nothing to warm up. Every task is
+    # asked from the start: there is no time for stages.
+    phase = replace(
+        PHASES[0],
+        steps=options.steps,
+        decay_from=0.4,
+        average=0.99,
+        gradient_warmup=0.0,
+        stages=((sys.maxsize, EVERYTHING),),
+    )
     average = train(model, tokenizer, phase, output.with_name(output.name + "-training"), seed=1)
     with torch.no_grad():
         for parameter, mean in zip((each for each in model.parameters() if each.requires_grad), average):

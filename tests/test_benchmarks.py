@@ -141,10 +141,12 @@ def test_a_run_writes_its_figures_and_plots(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (tmp_path / "run_nano.png").stat().st_size > 10_000
     sections = {row["section"] for row in result["rows"]}
-    assert sections == {"agreement", "prefill", "decode"}
+    assert sections == {"agreement", "bytes", "prefill", "decode"}
     for row in result["rows"]:
         if row["section"] == "agreement":
-            assert row["fine"]
+            assert row.get("fine", row["variant"].endswith("bits"))  # fewer bits are told, not judged
+        elif row["section"] == "bytes":
+            assert row["median"] > 0
         else:
             assert row["median"] > 0 and row["times_library"] > 0 and row["of_limit"] > 0
     assert result["layers_per_stack"] == 1

@@ -101,7 +101,7 @@ class Phase:
         warmup_steps: steps to the peak.
         decay_from: part of the steps at which the cosine begins.
         average: decay of the average weights.
-        gradient_warmup: part of the steps that goes from 2 to 5 gradient steps.
+        gradient_warmup: part of the steps that goes from 2 to 5 gradient steps, or to as many as the model has calls.
         stages: what is asked when.
     """
 
@@ -265,13 +265,14 @@ def train(model: Any, tokenizer: Any, phase: Phase, work: Path, seed: int) -> li
         report_to=[],
     )
     probe, average = Probe(tokenizer, seed + 1), AverageWeights(phase.average, resume)
+    steps = min(5, model.config.H_cycles * (model.config.L_cycles + 1))
     trainer = HrmTextTrainer(
         model,
         arguments,
         train_dataset=QuestionGroups(tokenizer, seed, phase.stages),
         data_collator=PrefixLMCollator(tokenizer.pad_token_id),
         optimizer="muon",
-        callbacks=[GradientStepsWarmup(fraction=phase.gradient_warmup), average, Clock(), probe],
+        callbacks=[GradientStepsWarmup(last=steps, fraction=phase.gradient_warmup), average, Clock(), probe],
     )
     probe.trainer, probe.average = trainer, average
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
