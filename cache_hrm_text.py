@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .versions_hrm_text import CROP_KEEPS
+from .versions_hrm_text import CROP_KEEPS, cached_length
 
 
 # Slack of a slot's storage in positions: a quarter of its length, within these bounds. A 1B position weighs 786 KB in
@@ -292,6 +292,7 @@ class History:
         packed, padded, blocks: whether some row holds a border of sequences, padding, or a prefix block; None where
             no value could be read that would have told.
         is_plain: whether every position is known to be its index.
+        doubtful: positions from here on were written by a call that ended half way; None where there are none.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device):
@@ -306,6 +307,7 @@ class History:
         self.padded: bool | None = False
         self.blocks: bool | None = False
         self.is_plain = True
+        self.doubtful: int | None = None
 
     @staticmethod
     def of(cache: Any) -> History | None:
@@ -348,6 +350,8 @@ class History:
             return
         stop = start + count
         self.unseen = min(self.unseen, start)
+        if self.doubtful is not None and start <= self.doubtful:
+            self.doubtful = None
         self._make_room(stop)
         for name in FACTS:
             getattr(self, name)[:, start:stop] = getattr(new, name)
@@ -430,13 +434,9 @@ def kept_whole(cache: Any) -> contextlib.AbstractContextManager[None]:
     """Takes back what a call has written to a cache if the call ends in an error or is interrupted.
 
     Otherwise some slots would hold its tokens and others not, or a caller who got no answer would give them again.
-    Slots that cannot be cropped (quantized ones, static ones of older releases) are left as they are; where that makes
-    slots of different lengths, the next call refuses the cache.
+    What cannot be taken back (from quantized slots, and static ones of older releases) is noted in the history.
     """
-    layers = getattr(cache, "layers", None)
-    if layers is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return contextlib.nullcontext()
-    if any(not hasattr(layer, "crop") or hasattr(layer, "nbits") for layer in layers[:1]):
+    if getattr(cache, "layers", None) is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return contextlib.nullcontext()
     # Slots that differ before the call are refused, and stay as they are.
     return contextlib.nullcontext() if slots_differ(cache) is True else _taken_back(cache)
@@ -444,16 +444,19 @@ def kept_whole(cache: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _taken_back(cache: Any) -> Iterator[None]:
-    before = cache.get_seq_length()
+    before = cached_length(cache)
     if isinstance(before, torch.Tensor):
         before = before.clone()  # a static cache counts in place
     try:
         yield
     except BaseException:
+        before, history = int(before), History.of(cache)
         for layer in cache.layers:
-            written = int(layer.get_seq_length()) - int(before)
-            if written > 0:
+            written = int(layer.get_seq_length()) - before
+            if written > 0 and hasattr(layer, "crop") and not hasattr(layer, "nbits"):
                 layer.crop(-written)
+            elif written > 0 and history is not None:
+                history.doubtful = before
         raise
 
 
@@ -463,7 +466,7 @@ def slots_differ(cache: Any) -> bool | torch.Tensor:
     A call fills them in order, so that the first and the last tell whether one has ended half way.
     """
     layers = getattr(cache, "layers", None)
-    return layers[0].get_seq_length() != layers[-1].get_seq_length() if layers else False
+    return cached_length(layers[0]) != cached_length(layers[-1]) if layers else False
 
 
 def rows_of(cache: Any) -> int | None:

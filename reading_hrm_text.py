@@ -79,8 +79,8 @@ FOREIGN_CACHE = (
 )
 
 UNEVEN_CACHE = (
-    "the slots of the cache hold different numbers of tokens: a call on it was interrupted, or only some of its "
-    "layers were changed. Begin with a new cache."
+    "the slots of the cache do not hold the same tokens: a call on it was interrupted, or only some of its layers "
+    "were changed. Begin with a new cache."
 )
 
 
@@ -559,6 +559,9 @@ class _Reading:
 
     def refuse(self) -> None:
         """Raises a ValueError for the first refusal that holds."""
+        doubtful = None if self.history is None else self.history.doubtful
+        if doubtful is not None and isinstance(self.past, int) and self.past > doubtful:
+            raise ValueError(UNEVEN_CACHE)
         for i, (_, message) in enumerate(self.refusals):
             if self.values.get(f"refused {i}"):
                 raise ValueError(message if isinstance(message, str) else message())

@@ -181,8 +181,10 @@ def static_capacity(cache: Any) -> int | None:
 
 
 def cached_length(cache: Any) -> int | torch.Tensor:
-    """Number of positions in the cache; a tensor without elements for a static cache that has been written to."""
-    return 0 if cache is None else cache.get_seq_length()
+    """Number of positions in a cache or a slot; a 0-d tensor for a static one that has been written to."""
+    length = 0 if cache is None else cache.get_seq_length()
+    # Around 5.9 a static cache counts in a tensor [1].
+    return length.reshape(()) if isinstance(length, torch.Tensor) else length
 
 
 def is_flash(implementation: str) -> bool:
