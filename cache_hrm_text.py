@@ -134,7 +134,7 @@ class GrowingLayer(DynamicLayer):
 
         Args:
             tokens_to_remove: below zero, how many to remove; above, the length to keep, as older releases of
-                transformers count. 0 is what it is to the installed release: all of them up to 5.15, none later.
+                transformers count. 0 is what it is to the installed release: all of them in 5.9, none in 5.16.
             max_length: the length to keep.
         """
         self.hold(kept_length(self._length, tokens_to_remove, max_length))

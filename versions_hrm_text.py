@@ -83,8 +83,9 @@ except ImportError:  # transformers 4 spells it with a small t, and its rotary f
 
 # Releases from 5.24 on call the cache of a call and of its output `cache`, earlier ones `past_key_values`.
 CACHE_NAME = "cache" if _release(transformers.__version__) >= (5, 24) else "past_key_values"
-# Up to 5.15, what is given to `crop` is the length to keep, so that 0 empties a cache; later it is what goes, and 0 is
-# nothing. A number below zero is what goes in all of them, and ours takes one above zero as the length to keep.
+# In 5.9 and older, what is given to `crop` is the length to keep, so that 0 empties a cache; in 5.16 and newer it is
+# what goes, and 0 is nothing. A number below zero is what goes in all of them, and ours takes one above zero as the
+# length to keep.
 CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
