@@ -215,7 +215,7 @@ def test_the_sign_of_a_zero_counts():
 def test_a_split_folder_is_compared_with_and_without_a_class_for_it(tmp_path, monkeypatch, has_class):
     """Where transformers has no class for the layout, the files are compared."""
     if not has_class:
-        monkeypatch.setattr("conversion.verify.library_class", lambda: None)
+        monkeypatch.setattr(sys.modules["conversion.verify"], "library_class", lambda: None)
     source = save_published(tmp_path / "source")
     done = convert(source, tmp_path / "out", layout="split", verification=False, progress=False, max_shard_size="40KB")
     opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
