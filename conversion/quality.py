@@ -16,21 +16,22 @@ from .quantize import EMBEDDING, Precision, Scheme, dequantize, requested_scheme
 from .sources import Source, read_header, read_place
 from .verify import (
     OVERFLOW,
+    ROUGH_TOLERANCE,
     checked_tokenizer,
+    compare_logits,
     fixed_prompt,
     give_memory_back,
     library_class,
+    load_folder,
     logits_of,
     model_in_memory,
     open_requested,
     tensors_of,
+    tolerance,
 )
 from .writer import same_bits
 
 
-# A rounding of an input may fall to the other side where two ways of summing meet a tie; of weights there is none.
-_TOLERANCE = {"float32": 1e-5, "float64": 1e-5}
-_ROUGH_TOLERANCE = 2e-2
 # A weight's error over that of rounding to nearest. GPTQ trades it for a smaller error of the product.
 _MOST_ERROR = 10.0
 
@@ -72,7 +73,6 @@ class Stored:
 def quantized_findings(request: dict[str, Any]) -> dict[str, Any]:
     """The findings of `verify` for a folder with quantized weights."""
     import transformers
-    from transformers import AutoModelForCausalLM
 
     folder, config = Path(request["folder"]), request["config"]
     wanted = request["quantization"]
@@ -101,21 +101,12 @@ def quantized_findings(request: dict[str, Any]) -> dict[str, Any]:
         quality.append(_divergence_line(answers, log_probabilities(model, rows), len(rows)))
     del model
     give_memory_back()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
-    )
-    differences += [
-        f"{kind.removesuffix('_keys')} on loading: {key}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for key in info[kind]
-    ]
+    model, misfits = load_folder(folder, request["remote_code"])
+    # A rounding of an input may fall to the other side where two ways of summing meet a tie; of weights there is none.
+    allowed = ROUGH_TOLERANCE if scheme.layers.activations else tolerance(config)
     logits = logits_of(model, prompt)
-    difference = (logits - plain).abs().max().item()
-    allowed = _ROUGH_TOLERANCE if scheme.layers.activations else _TOLERANCE.get(config["dtype"], _ROUGH_TOLERANCE)
-    if not logits.isfinite().all():
-        differences.append("the logits hold NaN or infinite values")
-    elif not difference <= allowed * max(1.0, plain.abs().max().item()):
-        differences.append(f"the logits differ from those of the plain formulas by {difference:.3g}")
+    difference, unlike = compare_logits(logits, plain, allowed, "those of the plain formulas")
+    differences += misfits + unlike
     said = f"{tuple(logits.shape[1:])} finite, within {difference:.2g} of the plain formulas"
     loaded_as = f"{type(model).__name__}, transformers {transformers.__version__}"
     damage = damage or (None if plain.isfinite().all() else OVERFLOW)

@@ -23,6 +23,7 @@ from .reading import said
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_LENGTH, RESPONSE_LENGTH = 16, 8
+ROUGH_TOLERANCE = 2e-2
 OVERFLOW = (
     "its weights are so large that the logits overflow: the file is damaged, or was saved from a run that diverged"
 )
@@ -107,7 +108,6 @@ def run_apart(module: str, request: dict[str, Any], quiet: bool = True) -> subpr
 def _findings(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
 
     from .sources import open_source
     from .writer import same_bits
@@ -140,14 +140,8 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     # NaN in a tensor has been refused before it was written.
     damage = None if wanted.isfinite().all() else OVERFLOW
     give_memory_back()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=request["remote_code"], dtype="auto", output_loading_info=True
-    )
-    differences += [
-        f"{kind.removesuffix('_keys')} on loading: {key}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for key in info[kind]
-    ]
+    model, misfits = load_folder(folder, request["remote_code"])
+    differences += misfits
     state = model.state_dict()
     equal, seen = 0, set()
     for name, tensor in tensors_of(source, state.keys(), dtype):
@@ -161,12 +155,8 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
     differences += [f"{name} is in the loaded model only" for name in state.keys() - seen]
 
     logits = logits_of(model, prompt)
-    difference = (logits - wanted).abs().max().item()
-    allowed = 1e-5 if config["dtype"] in ("float32", "float64") else 2e-2
-    if not logits.isfinite().all():
-        differences.append("the logits hold NaN or infinite values")
-    elif not difference <= allowed * max(1.0, wanted.abs().max().item()):
-        differences.append(f"the logits differ from the in-memory model's by {difference:.3g}")
+    difference, unlike = compare_logits(logits, wanted, tolerance(config), "the in-memory model's")
+    differences += unlike
     tokenizer, faults, fault_of_source = checked_tokenizer(folder, request)
     return {
         "loaded_as": f"{type(model).__name__}, transformers {transformers.__version__}",
@@ -176,6 +166,37 @@ def _findings(request: dict[str, Any]) -> dict[str, Any]:
         "differences": differences + faults,
         "damage": damage or fault_of_source,
     }
+
+
+def load_folder(folder: Path, remote_code: bool) -> tuple[Any, list[str]]:
+    """The model that a user's `from_pretrained` makes of a folder, and the tensors that did not fit."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=remote_code, dtype="auto", output_loading_info=True
+    )
+    misfits = [
+        f"{kind.removesuffix('_keys')} on loading: {key}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for key in info[kind]
+    ]
+    return model, misfits
+
+
+def tolerance(config: dict[str, Any]) -> float:
+    """How far logits may be apart that were summed in another order, over the largest of them (or 1)."""
+    return 1e-5 if config["dtype"] in ("float32", "float64") else ROUGH_TOLERANCE
+
+
+def compare_logits(logits: Any, wanted: Any, allowed: float, whose: str) -> tuple[float, list[str]]:
+    """How far logits are from those that are wanted, `whose` these are, and what is wrong with them."""
+    difference = (logits - wanted).abs().max().item()
+    wrong = []
+    if not logits.isfinite().all():
+        wrong.append("the logits hold NaN or infinite values")
+    elif not difference <= allowed * max(1.0, wanted.abs().max().item()):
+        wrong.append(f"the logits differ from {whose} by {difference:.3g}")
+    return difference, wrong
 
 
 def open_requested(request: dict[str, Any]) -> Any:
