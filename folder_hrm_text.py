@@ -37,9 +37,7 @@ class AdoptedLinear(nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         if torch.compiler.is_compiling():
             return _outside_of_graphs(self, input)
-        autocast = torch.is_autocast_enabled("cpu")
-        output = self._adopted[0].multiply(input, torch.get_autocast_dtype("cpu") if autocast else input.dtype)
-        return output if self.bias is None else output + self.bias
+        return self._adopted[0].linear(input, self.bias)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         give_back(self)

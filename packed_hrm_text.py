@@ -165,9 +165,7 @@ def _outside_of_graphs(layer: PackedLinear, input: torch.Tensor) -> torch.Tensor
 
 def _multiply(input: torch.Tensor, packed: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     if isinstance(packed, QuantizedMatrix):
-        autocast = torch.is_autocast_enabled("cpu")
-        output = packed.multiply(input, torch.get_autocast_dtype("cpu") if autocast else input.dtype)
-        return output if bias is None else output + bias
+        return packed.linear(input, bias)
     fits = input.dtype is packed.dtype and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
     if not fits or not is_enabled():
         return F.linear(input, packed.to_dense(), bias)

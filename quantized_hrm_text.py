@@ -189,6 +189,12 @@ class QuantizedMatrix:
             sums = sums.mul_(size)
         return sums.to(dtype).view(*x.shape[:-1], self.shape[0])
 
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `F.linear`, in the dtype of autocast where that is on."""
+        autocast = torch.is_autocast_enabled("cpu")
+        output = self.multiply(x, torch.get_autocast_dtype("cpu") if autocast else x.dtype)
+        return output if bias is None else output + bias
+
     def _plain_sums(self, digits: torch.Tensor, unit: float) -> torch.Tensor:
         """The sums of each row of digits, float32 [digits * rows, out], by the formula itself."""
         return F.linear(digits.float().sub_(_ZERO), self.values().float()).mul_(self.scale).mul_(unit)
