@@ -136,9 +136,12 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         if types is not None:
             types = _checked_types(types, batch, given, past, whole)
             _refuse_other_types(types, cache, past, given if whole else past + given)
+        positions = None
         if whole and past and ids is not None:
             border = last_border(cache, ids.to(self.device))
             if border < past:
+                # What is read again stays where it was.
+                positions = _continued_positions(cache, past, given - past, mask)
                 if types is not None and types.shape[1] < given:
                     types = torch.cat([History.of(cache).facts(border, past).types.to(types), types], dim=1)
                 cache.crop(border - past)
@@ -149,8 +152,9 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
             kwargs["attention_mask"] = mask[::copies]
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = _checked_positions(kwargs["position_ids"], given, past + new, mask)
-        elif past:
-            positions = _continued_positions(cache, past, new, mask)
+        else:
+            if past and positions is None:
+                positions = _continued_positions(cache, past, new, mask)
             if positions is not None:
                 kwargs["position_ids"] = positions[::copies]
         new_ids, new_types = (None if tensor is None else tensor[:, -new:] for tensor in (ids, types))

@@ -162,6 +162,21 @@ def test_a_conversation_on_a_cropped_cache(model, cache, length, same):
     expect(cache, lambda: generate_on(model, live, [prompt[:length]], [rest]))
 
 
+@pytest.mark.parametrize("cache", CROPPED)
+@pytest.mark.parametrize("length", [2, 6])
+def test_what_is_read_again_keeps_its_positions(model, cache, length):
+    """Positions begin at 4 and the crop cuts a block that goes on otherwise: the calls after it count from there."""
+
+    def from_four(start: int, new: list[Token]) -> torch.Tensor:
+        return 4 + start + torch.arange(len(new))[None]
+
+    prompt, end = row_of((1, 4), (0, 1), (1, 3), seed=7), row_of((1, 3), (0, 1), seed=8)
+    live = feed(model, CACHES[cache](model), [[]], [prompt], position_ids=from_four(0, prompt))
+    live.crop(length - len(prompt))
+    live, held = generate_on(model, live, [prompt[:length]], [row_of((1, 2), (0, 2), seed=9)])
+    feed(model, live, held, [end], position_ids=from_four(len(held[0]), end))
+
+
 def rest_of(length: int) -> list[tuple[int, int]]:
     return [(1, 4), (0, 2)] if 3 < length < 9 else [(0, 2), (1, 3)]
 
