@@ -177,6 +177,19 @@ def test_what_is_read_again_keeps_its_positions(model, cache, length):
     feed(model, live, held, [end], position_ids=from_four(len(held[0]), end))
 
 
+@pytest.mark.parametrize("cache", CROPPED)
+def test_an_inferred_block_that_is_read_again_beside_given_types(model, cache):
+    """Its tokens would count as stated from then on, and an envelope that opens among them would be forgotten."""
+    prompt, new = envelope(40, 41), row_of((0, 2), seed=9)
+    live = feed(model, CACHES[cache](model), [[]], [prompt], token_type_ids=None)
+    live.crop(2 - len(prompt))
+    ids = torch.tensor([[token.id for token in (*prompt[:2], *new)]])
+    with pytest.raises(ValueError, match="for the whole conversation, or not at all"):
+        model.generate(ids, token_type_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=live, **GREEDY)
+    assert live.get_seq_length() == 2
+    generate_on(model, live, [prompt[:2]], [new])
+
+
 def rest_of(length: int) -> list[tuple[int, int]]:
     return [(1, 4), (0, 2)] if 3 < length < 9 else [(0, 2), (1, 3)]
 
