@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .kernels_hrm_text import fused_gate, serves, single_query_attention, single_query_pays
+from .kernels_hrm_text import attention_of_one_query, fused_gate, serves, single_query_attention
 from .layout_hrm_text import TokenLayout, values_are_readable
 from .versions_hrm_text import flash_kernel, is_flash
 
@@ -439,9 +439,12 @@ def _sdpa(
         mask = plan.mask
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.to(query.dtype)
-        products = single_query_pays(query, key) if plan.products is None else plan.products
-        if products and query.shape[2] == 1:
-            return (single_query_attention(query, key, value, mask, scaling),)
+        if plan.products is None:
+            attention = attention_of_one_query(query, key)
+        else:
+            attention = single_query_attention if plan.products and query.shape[2] == 1 else None
+        if attention is not None:
+            return (attention(query, key, value, mask, scaling),)
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plan.is_causal, scale=scaling
         )

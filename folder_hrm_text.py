@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .quantized_hrm_text import QuantizedMatrix, ScaledGroups, can_store_codes
+from .quantized_hrm_text import QuantizedMatrix, ScaledGroups, can_store_codes, measure_products
 
 
 logger = logging.get_logger(__name__)
@@ -101,7 +101,9 @@ def give_back(module: nn.Module) -> None:
 
 def adopt_model(model: nn.Module) -> int:
     """Adopts the layers of a model that are served; returns how many."""
-    return sum(adopt(module) for module in list(model.modules()))
+    adopted = [module for module in list(model.modules()) if adopt(module)]
+    measure_products(module._adopted[0] for module in adopted)
+    return len(adopted)
 
 
 def give_back_model(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ The room is switched off as a whole by the environment variable `HRM_TEXT_KERNEL
 in a process, so that two processes may choose differently. These are all of them, and they are off with the room:
 
     vector_is_faster       one row times a matrix by `torch.mv`
-    products_are_faster    attention of one query by two batched products
+    fastest_attention      attention of one query by two batched products, in float32 or in the cache's dtype
     packing_pays           which linear layers `optimize_for_inference` packs, see `packed_hrm_text.py`
+    measure_rows           how many rows of zeros few rows are multiplied with, by a packed or 8-bit matrix
     Arena._captured        attention of a captured step, see `inference_hrm_text.py`
 
 This room imports no other.
@@ -23,7 +24,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -333,14 +337,73 @@ def vector_is_faster(outputs: int, inputs: int, threads: int) -> bool:
     return vector * _VECTOR_MARGIN < stock
 
 
+# ---- few rows times a packed matrix ---------------------------------------------------------------------------------
+
+_MOST_FEW_ROWS, _ROWS_MARGIN, _TIMED_ROW_COUNTS_RUNS = 6, 1.05, 5
+# Products in turn, so that the processor's caches hold none of their weights.
+_MOST_TIMED_PRODUCTS = 32
+# By the dtype of the inputs and the threads of torch: the element r says how many rows r rows become.
+_row_counts: dict[tuple[torch.dtype, int], tuple[int, ...]] = {}
+
+
+def rows_to_multiply(rows: int, weight: torch.Size, dtype: torch.dtype) -> int:
+    """How many rows to multiply with a weight [out, in] where there are so many, of this dtype.
+
+    One or two rows wait for the memory that the weight is read from. oneDNN's kernels for five rows ask for more of it
+    at a time, on some processors so much that all five take less time than one.
+    """
+    if not 0 < rows < _MOST_FEW_ROWS or weight.numel() < _LEAST_ELEMENTS:
+        return rows
+    counts = _row_counts.get((dtype, torch.get_num_threads()))
+    return rows if counts is None else counts[rows]
+
+
+@torch.no_grad()
+def measure_rows(products: Sequence[tuple[Callable[[torch.Tensor], Any], torch.Size]], dtype: torch.dtype) -> None:
+    """Times products of few rows, once in a process for a dtype; takes a fraction of a second.
+
+    Args:
+        products: pairs of a function of rows [count, in] and the shape [out, in] of the weight; small ones are left
+            out, as in `rows_to_multiply`.
+        dtype: of the rows.
+    """
+    key = dtype, torch.get_num_threads()
+    large = [product for product in products if product[1].numel() >= _LEAST_ELEMENTS][:_MOST_TIMED_PRODUCTS]
+    if key in _row_counts or len(large) < 2:
+        return
+    inputs = [(product, torch.ones(_MOST_FEW_ROWS, shape[1], dtype=dtype)) for product, shape in large]
+
+    def run(count: int) -> None:
+        for product, rows in inputs:
+            product(rows[:count])
+
+    runs = [functools.partial(run, count) for count in range(1, _MOST_FEW_ROWS + 1)]
+    seconds = [0.0, *least_seconds(runs, times=_TIMED_ROW_COUNTS_RUNS)]
+    counts = list(range(_MOST_FEW_ROWS + 1))
+    for rows in range(1, _MOST_FEW_ROWS):
+        best = min(range(rows, _MOST_FEW_ROWS + 1), key=seconds.__getitem__)
+        if seconds[best] * _ROWS_MARGIN < seconds[rows]:
+            counts[rows] = best
+    _row_counts[key] = tuple(counts)
+
+
 # ---- attention of one query -----------------------------------------------------------------------------------------
 
-# Below this many keys there is little to gain. The products round the scores to the cache's dtype, which the stock
-# kernel does not: they have to be clearly faster, which also keeps the choice the same from run to run.
-_LEAST_KEYS, _PRODUCTS_MARGIN = 128, 1.2
-# From here on, the ratio of the two no longer changes.
-_MOST_TIMED_KEYS = 1024
-_TIMED_HEADS, _TIMED_QUERY_RUNS = 12, 9
+# Below this many keys there is little to gain.
+_LEAST_KEYS = 32
+# From here on, the ratios no longer change.
+_MOST_TIMED_KEYS = 4096
+# How much faster a way has to be than the stock kernel, which also keeps the choice the same from run to run. Products
+# in the cache's dtype round the scores to it, which the other two do not: they have to be worth it.
+_WIDE_MARGIN, _PRODUCTS_MARGIN = 1.05, 1.2
+_TIMED_HEADS, _TIMED_QUERIES, _TIMED_QUERY_RUNS = 12, 4, 7
+# Between two layers' attention the weights pass through the processor's caches, which then hold no keys. This many
+# elements, read in turn, see to the same.
+_COLD_ELEMENTS = 1 << 25
+
+_rooms = threading.local()
+
+QueryAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", float], torch.Tensor]
 
 
 def single_query_attention(
@@ -364,47 +427,84 @@ def single_query_attention(
     batch, heads, _, head_dim = query.shape
     # Batch and heads merge without a copy: rows of a storage lie at equal distances.
     scores = torch.bmm(key.flatten(0, 1), query.reshape(batch * heads, head_dim, 1)).view(batch, heads, 1, -1).float()
-    scores = scores * scaling
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
-    weights = scores.softmax(dim=-1).to(value.dtype)
+    weights = _weights(scores * scaling, mask).to(value.dtype)
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
 
 
-def single_query_pays(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `single_query_attention` is to serve this call instead of the stock kernel."""
+def wide_single_query_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """As `single_query_attention`, in float32 throughout; for keys and values whose copies fit into the caches."""
+    # One room for both, kept: the copies are as large as what the allocator hands back to the system each time.
+    room = _room(key.numel()).view(-1, *key.shape[2:])
+    scores = torch.bmm(query.flatten(0, 1).float() * scaling, room.copy_(key.flatten(0, 1)).mT)
+    weights = _weights(scores.view(*query.shape[:3], -1), mask)
+    output = torch.bmm(weights.flatten(0, 1), room.copy_(value.flatten(0, 1)))
+    return output.to(query.dtype).view(query.shape)
+
+
+def _room(elements: int) -> torch.Tensor:
+    """float32 [elements], whose values are whatever was left there."""
+    held = getattr(_rooms, "held", None)
+    if held is None or len(held) < elements:
+        with torch.inference_mode(False):
+            held = _rooms.held = torch.empty(1 << (elements - 1).bit_length())
+    return held[:elements]
+
+
+def _weights(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(dim=-1)
+
+
+def attention_of_one_query(query: torch.Tensor, key: torch.Tensor) -> QueryAttention | None:
+    """The function that is to serve this call instead of the stock kernel, if one is."""
     if query.shape[2] != 1 or key.shape[2] < _LEAST_KEYS or query.dtype is not torch.bfloat16:
-        return False
+        return None
     if not serves(query) or type(key) is not torch.Tensor or _records(query, key):
-        return False
-    keys = min(1 << (key.shape[2].bit_length() - 1), _MOST_TIMED_KEYS)
-    return products_are_faster(query.shape[3], torch.get_num_threads(), keys)
+        return None
+    # What counts is how much is read, whether many rows or long ones.
+    keys = max(_LEAST_KEYS, key.shape[0] * key.shape[1] * key.shape[2] // _TIMED_HEADS)
+    return fastest_attention(
+        query.shape[3], torch.get_num_threads(), min(1 << (keys.bit_length() - 1), _MOST_TIMED_KEYS)
+    )
 
 
 @functools.cache
-def products_are_faster(head_dim: int, threads: int, keys: int) -> bool:
-    """Times both ways on bfloat16 keys and values, once in a process; takes some milliseconds.
+def fastest_attention(head_dim: int, threads: int, keys: int) -> QueryAttention | None:
+    """Times all ways on bfloat16 keys and values, once in a process; takes some milliseconds.
 
     Args:
         head_dim: of the model.
         threads: of torch, to measure again when it changes.
         keys: how many; a power of two, so that a growing cache asks few times.
+
+    Returns:
+        None for the stock kernel.
     """
+
+    def stock(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def run(way: Callable[..., torch.Tensor]) -> None:
+        for _ in range(_TIMED_QUERIES):
+            way(query, next(storages), next(storages), None, 1.0)
+
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        query, key, value = (
-            torch.randn(1, _TIMED_HEADS, length, head_dim, generator=generator).to(torch.bfloat16)
-            for length in (1, keys, keys)
-        )
-        runs = (
-            lambda: F.scaled_dot_product_attention(query, key, value),
-            lambda: single_query_attention(query, key, value, None, head_dim**-0.5),
-        )
-        stock, products = least_seconds(runs, times=_TIMED_QUERY_RUNS)
-    return products * _PRODUCTS_MARGIN < stock
+        query = torch.randn(1, _TIMED_HEADS, 1, head_dim, generator=generator).to(torch.bfloat16)
+        shape = (1, _TIMED_HEADS, keys, head_dim)
+        room = torch.ones(max(2 * _TIMED_QUERIES, _COLD_ELEMENTS // math.prod(shape)), *shape, dtype=torch.bfloat16)
+        storages = itertools.cycle(room)
+        ways = (stock, wide_single_query_attention, single_query_attention)
+        seconds = least_seconds([functools.partial(run, way) for way in ways], times=_TIMED_QUERY_RUNS)
+    best = min(seconds[0], seconds[1] * _WIDE_MARGIN, seconds[2] * _PRODUCTS_MARGIN)
+    return None if best == seconds[0] else ways[1] if best == seconds[1] * _WIDE_MARGIN else ways[2]
 
 
 __all__ = [
+    "attention_of_one_query",
     "fused_gate",
     "fused_norm",
     "fused_split_and_rotate",
@@ -414,9 +514,10 @@ __all__ = [
     "is_enabled",
     "least_seconds",
     "linear",
+    "measure_rows",
+    "rows_to_multiply",
     "saves_memory",
     "serves",
     "single_query_attention",
-    "single_query_pays",
     "use_kernels",
 ]

@@ -20,8 +20,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import logging
 
-from .kernels_hrm_text import is_eager, is_enabled, least_seconds
-from .quantized_hrm_text import QuantizedMatrix, quantize
+from .kernels_hrm_text import has_own_call, is_eager, is_enabled, least_seconds, measure_rows, rows_to_multiply
+from .quantized_hrm_text import QuantizedMatrix, measure_products, quantize
 
 
 logger = logging.get_logger(__name__)
@@ -169,7 +169,28 @@ def _multiply(input: torch.Tensor, packed: torch.Tensor | QuantizedMatrix, bias:
     fits = input.dtype is packed.dtype and input.numel() > 0 and not torch.is_autocast_enabled("cpu")
     if not fits or not is_enabled():
         return F.linear(input, packed.to_dense(), bias)
+    rows = input.numel() // input.shape[-1]
+    count = rows_to_multiply(rows, packed.shape, input.dtype)
+    if count == rows:
+        return _packed_product(input, packed, bias)
+    more = input.new_zeros(count, input.shape[-1])
+    more[:rows] = input.reshape(rows, -1)
+    return _packed_product(more, packed, bias)[:rows].view(*input.shape[:-1], -1)
+
+
+def _packed_product(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(input, packed, bias, "none", [], "")
+
+
+def packed_product(module: nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+    """What a call of a packed layer returns; None where the module is another, or a call of it does more than that.
+
+    For callers that know the input to be a plain tensor, run eagerly and without gradient.
+    """
+    if type(module) is not PackedLinear or has_own_call(module):
+        return None
+    packed = getattr(module._parameters["weight"], "_packed", None)
+    return None if packed is None else _multiply(input, packed, module.bias)
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -304,7 +325,13 @@ def pack_model(model: nn.Module) -> int:
             pays[key] = packing_pays(module.weight.detach())
         if pays[key]:
             pack_linear(module)
-    return sum(type(parameter) is PackedParameter for parameter in model.parameters())
+    held = [parameter for parameter in model.parameters() if type(parameter) is PackedParameter]
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = [weight._packed for weight in held if type(weight._packed) is torch.Tensor and weight.dtype is dtype]
+        measure_rows(
+            [(lambda x, matrix=matrix: _packed_product(x, matrix, None), matrix.shape) for matrix in packed], dtype
+        )
+    return len(held)
 
 
 # Which matrices take part, and their bits with `weights="int4"`. Inputs that are products of gates have elements far
@@ -327,7 +354,10 @@ def quantize_model(model: nn.Module, weights: str, keep: bool) -> int:
         name = names[module]
         bits = 8 if weights == "int8" else _QUANTIZED[name]
         pack_linear(module, quantize(module.weight, bits, 2 if name in _TWO_DIGITS else 1, keep))
-    return sum(isinstance(getattr(parameter, "_packed", None), QuantizedMatrix) for parameter in model.parameters())
+    packed = (getattr(parameter, "_packed", None) for parameter in model.parameters())
+    matrices = [matrix for matrix in packed if isinstance(matrix, QuantizedMatrix)]
+    measure_products(matrices)
+    return len(matrices)
 
 
 def unpack_model(model: nn.Module) -> None:
@@ -348,6 +378,7 @@ __all__ = [
     "pack_linear",
     "pack_model",
     "packable",
+    "packed_product",
     "quantize_model",
     "unpack_model",
 ]

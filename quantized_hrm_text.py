@@ -20,14 +20,14 @@ plain formula takes its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .kernels_hrm_text import is_enabled
+from .kernels_hrm_text import is_enabled, measure_rows, rows_to_multiply
 
 
 logger = logging.get_logger(__name__)
@@ -103,30 +103,40 @@ def _codes(x: torch.Tensor, step: torch.Tensor, least: torch.Tensor) -> torch.Te
     return ((x - least) / step).round_().clamp_(0, _CODES)
 
 
-def split_digits(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[torch.Tensor, torch.Tensor | float]:
+def split_digits(
+    x: torch.Tensor, digits: int, steps: float = _LARGEST, count: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Rows as whole numbers, 128 added to each, which is how the 8-bit operator takes them; and their unit.
 
     Args:
         x: [rows, in].
         digits: 1 or 2.
         steps: the number that the largest element of a row becomes, before rounding.
+        count: at least so many rows are returned; those behind the digits hold zeros.
 
     Returns:
-        uint8 [digits * rows, in], all first digits and then all second ones; and the unit float32 [rows, 1], for one
-        row a number.
+        uint8 [digits * rows or count, in], all first digits and then all second ones; and the unit float32 [rows, 1],
+        for one row a number.
     """
-    if len(x) == 1:  # numbers are handed on faster than tensors of one element
-        size = max(x.abs().max().item(), _TINY) / steps
+    rows = len(x)
+    if rows == 1:  # numbers are handed on faster than tensors of one element
+        size = max(torch.linalg.vector_norm(x, float("inf")).item(), _TINY) / steps
         scaled = x.float() * (1 / size)
     else:
         size = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY).div_(steps)
         scaled = x * size.reciprocal()
+    if count <= digits * rows:
+        count = digits * rows
+        numbers = torch.empty((count, x.shape[1]), dtype=torch.uint8)
+    else:
+        numbers = torch.zeros((count, x.shape[1]), dtype=torch.uint8)
+    first = numbers[:rows]
     if digits == 1:
-        return scaled.add_(_TO_NEAREST).to(torch.uint8), size
-    both = torch.empty((2, *x.shape), dtype=torch.uint8)
-    both[0] = scaled + _TO_NEAREST
-    both[1] = scaled.add_(_ZERO).sub_(both[0]).mul_(_SECOND).add_(_TO_NEAREST)
-    return both.flatten(0, 1), size
+        first.copy_(scaled.add_(_TO_NEAREST))
+    else:
+        first.copy_(scaled + _TO_NEAREST)
+        numbers[rows : 2 * rows] = scaled.add_(_ZERO).sub_(first).mul_(_SECOND).add_(_TO_NEAREST)
+    return numbers, size
 
 
 # ---- matrices -------------------------------------------------------------------------------------------------------
@@ -179,15 +189,22 @@ class QuantizedMatrix:
     def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[..., in] -> [..., out] in a dtype."""
         rows = x.reshape(-1, x.shape[-1])
-        digits, size = split_digits(rows, self.digits, self.steps)
+        served = is_enabled() and len(rows) > 0
+        count = self._rows_to_multiply(self.digits * len(rows)) if served else 0
+        digits, size = split_digits(rows, self.digits, self.steps, count)
         unit = size if isinstance(size, float) else 1.0
-        sums = self._sums(digits, unit, dtype) if is_enabled() and len(rows) else self._plain_sums(digits, unit)
+        sums = self._sums(digits, unit, dtype) if served else self._plain_sums(digits, unit)
         if self.digits == 2:
-            first, second = sums.view(2, len(rows), self.shape[0])
-            sums = first.add_(second, alpha=1 / _SECOND)
+            second = sums[len(rows) : 2 * len(rows)]
+            sums = sums[: len(rows)].add_(second, alpha=1 / _SECOND)
+        elif len(sums) > len(rows):
+            sums = sums[: len(rows)]
         if unit is not size:
             sums = sums.mul_(size)
         return sums.to(dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _rows_to_multiply(self, rows: int) -> int:
+        return rows_to_multiply(rows, self.shape, torch.uint8) if self._stored.is_mkldnn else rows
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `F.linear`, in the dtype of autocast where that is on."""
@@ -281,6 +298,9 @@ class GroupedMatrix(QuantizedMatrix):
             grouped = values.view(len(step), -1, values.shape[1])
             yield torch.addcmul(least[:, None, here], grouped, step[:, None, here], out=grouped).view(values.shape)
 
+    def _rows_to_multiply(self, rows: int) -> int:
+        return rows
+
     def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
         if dtype is torch.bfloat16 and len(digits) <= _MOST_ROWS_OF_CODES:
             narrow = digits.to(torch.bfloat16).sub_(_ZERO)
@@ -366,6 +386,13 @@ def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True
     return QuantizedMatrix(values, scale, weight.dtype, digits, plain=plain)
 
 
+def measure_products(matrices: Iterable[QuantizedMatrix]) -> None:
+    """Has the products of few rows timed, once in a process; see `measure_rows`."""
+    stored = [matrix for matrix in matrices if matrix.bits == 8 and matrix._stored.is_mkldnn] if is_enabled() else []
+    products = [functools.partial(matrix._sums, unit=1.0, dtype=torch.float32) for matrix in stored]
+    measure_rows(list(zip(products, (matrix.shape for matrix in stored))), torch.uint8)
+
+
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 # So many outputs lie together in the 4-bit layout: for each input, the codes of the first half in the lower four bits
@@ -389,7 +416,8 @@ def rows_are_exact() -> bool:
         rows = torch.full((3, 256), _ZERO + _LARGEST, dtype=torch.uint8)
         rows[1:] = _ZERO - _LARGEST
         matrix = QuantizedMatrix.__new__(QuantizedMatrix)
-        matrix.digits, matrix.scale, matrix._zeros = 1, torch.ones(64), torch.zeros(64, dtype=torch.int64)
+        matrix.shape, matrix.digits = values.shape, 1
+        matrix.scale, matrix._zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
         matrix._stored = torch.ops.onednn.qlinear_prepack(values, None)
         exact = torch.equal(matrix.values(), values)
         exact = exact and torch.equal(matrix._sums(rows, 1.0, torch.float32), matrix._plain_sums(rows, 1.0))
@@ -427,4 +455,4 @@ def codes_are_exact() -> bool:
     return exact
 
 
-__all__ = ["GroupedMatrix", "QuantizedMatrix", "ScaledGroups", "can_store_codes", "quantize"]
+__all__ = ["GroupedMatrix", "QuantizedMatrix", "ScaledGroups", "can_store_codes", "measure_products", "quantize"]

@@ -353,7 +353,7 @@ def test_deterministic_mode_measures_nothing(deterministic, monkeypatch):
     module = sibling(tiny_model(), "kernels_hrm_text")
     monkeypatch.setattr(module, "least_seconds", lambda *arguments, **more: pytest.fail("a timing decides"))
     packed = sibling(tiny_model(), "packed_hrm_text")
-    for room, name in ((module, "vector_is_faster"), (module, "products_are_faster"), (packed, "packing_pays")):
+    for room, name in ((module, "vector_is_faster"), (module, "fastest_attention"), (packed, "packing_pays")):
         monkeypatch.setattr(room, name, lambda *arguments: pytest.fail("a measured choice is made"))
     monkeypatch.setattr(module, "_LEAST_ELEMENTS", 1)
     monkeypatch.setattr(module, "_LEAST_KEYS", 1)
