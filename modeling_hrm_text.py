@@ -42,6 +42,7 @@ from transformers.utils import can_return_tuple, logging
 from .attention_hrm_text import AttentionPlan, attend, choose_backend, plan_attention, plan_whole_mask
 from .cache_hrm_text import History, HrmTextCache, OneSlot, kept_whole
 from .configuration_hrm_text import HrmTextConfig
+from .decoding_hrm_text import one_token_through
 from .folder_hrm_text import AdoptedLinear  # noqa: F401  (transformers before 5.10 copies what this module names)
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer, compiles_layers
@@ -306,6 +307,10 @@ class HrmTextStack(nn.Module):
         if cache is None and plan.weights is None and any(map(_is_replaced, self.layers)):
             mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
             return self._call_each(hidden_states, mask, embeddings_of(plan.rotary), note)
+        if note is None and not compiles_layers() and all(map(_has_formulas_of_this_room, self.layers)):
+            output = one_token_through(self.layers, hidden_states, plan, cache, cycle_offset)
+            if output is not None:
+                return norm(output, self.eps)
         for i, layer in enumerate(self.layers):
             compiled = compiled_layer(layer, cache) if hidden_states.shape[1] == 1 and plan.weights is None else None
             if compiled is not None:
@@ -325,6 +330,10 @@ class HrmTextStack(nn.Module):
             if note is not None:
                 note(hidden_states)
         return norm(hidden_states, self.eps)
+
+
+def _has_formulas_of_this_room(layer: nn.Module) -> bool:
+    return (type(layer), type(layer.attn), type(layer.mlp)) == (HrmTextDecoderLayer, HrmTextAttention, HrmTextMLP)
 
 
 def _is_replaced(layer: nn.Module) -> bool:

@@ -34,10 +34,11 @@ ARROWS = {
     "loading": "versions",
     "reading": "cache layout versions",
     "attention": "kernels layout versions",
+    "decoding": "attention cache kernels packed",
     "generation": "cache layout reading versions",
     "inference": "cache folder kernels packed versions",
-    "modeling": "attention cache configuration folder generation inference kernels layout loading packed quantized "
-    "reading versions",
+    "modeling": "attention cache configuration decoding folder generation inference kernels layout loading packed "
+    "quantized reading versions",
 }
 MOST_LINES = 560
 LONGER = {

@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # The rooms whose defects change answers: those of them that are there.
 CORE = tuple(
     f"{name}_hrm_text.py"
-    for name in ("layout", "reading", "attention", "cache", "generation", "modeling", "kernels", "inference")
+    for name in (
+        *("layout", "reading", "attention", "cache", "generation"),
+        *("modeling", "kernels", "decoding", "inference"),
+    )
 )
 # What is fast and tells most, the quickest to tell first.
 TESTS = (
