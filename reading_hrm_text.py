@@ -440,9 +440,9 @@ class _Reading:
         unlike = unlike & self._is_cached() & ~self._join("stated", ~self._ones())
         if self.real is not None:
             unlike = unlike & self.real
-        if self.history is None:
+        if self.history is None or self.history.unseen > 0:
             # What opened an envelope may be cached, and is not known.
-            unlike = unlike | ((ids == config.prefix_end[-1]) & (types == 0))
+            unlike = unlike | ((ids == config.prefix_end[-1]) & (types == 0) & ~self._is_cached())
         self.refusals.append((unlike.any(), SPLIT_ENVELOPE))
         return self._new(self._opened_behind(types)), False
 
@@ -476,9 +476,11 @@ class _Reading:
         first = next_true(present & ~is_cached)[:, :1]
         open_block = torch.where(last >= 0, at(block, last), -1)
         extends = (open_block >= 0) & (first < block.shape[1]) & (at(block, first) == open_block)
-        if self.history is None and self.call.token_type_ids is not None:
-            # What is cached is not known, and may be the beginning of this block.
-            extends = extends | ((last >= 0) & (first < block.shape[1]) & (at(self._join("types", types), first) == 1))
+        if self.call.token_type_ids is not None and (self.history is None or self.history.unseen > 0):
+            # The last cached token may be one that others wrote, and the beginning of this block.
+            unseen = self.past if self.history is None else self.history.unseen
+            continues = (first < block.shape[1]) & (at(self._join("types", types), first) == 1)
+            extends = extends | ((last >= 0) & (last < unseen) & continues)
         cut = self._cut_blocks(block, open_block)
         self.refusals.append(((extends if cut is None else extends & ~cut).any(), SPLIT_BLOCK))
         return block

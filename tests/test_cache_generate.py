@@ -285,3 +285,34 @@ def test_the_truth_is_sensitive(model):
         [Token(token.id, token.type, token.position + (i > 3)) for i, token in enumerate(row)],
     ):
         assert (truth(model, [wrong]) - right).abs().max() > 0.01
+
+
+# ---- what others wrote ----------------------------------------------------------------------------------------------
+
+
+def foreign_cache(model, rows):
+    """Keys and values of these rows in a cache that does not say what they were."""
+    live, taken = feed(model, CACHES["HrmTextCache"](model), [[] for _ in rows], rows), CACHES["DynamicCache"](model)
+    for slot, layer in enumerate(live.layers):
+        taken.update(layer.keys.clone(), layer.values.clone(), slot)
+    return taken
+
+
+def test_a_block_behind_what_others_wrote(model):
+    """It may have begun there, whether it is the first thing to follow or comes after a crop back to there."""
+    history, causal = row_of((0, 2), (1, 3), seed=1), row_of((0, 3), seed=2)
+    live = feed(model, foreign_cache(model, [history]), [history], [causal])
+    live.crop(-len(causal))
+    rest = row_of((1, 2), (0, 1), seed=3)
+    assert is_refused(lambda: feed(model, live, [history], [rest]))
+    opened = [Token(rest[0].id, 2, 0), *rest[1:]]
+    feed(model, live, [history], [opened])
+
+
+def test_an_envelope_that_may_have_opened_in_what_others_wrote(model):
+    """Its closing token comes in the second call behind it, in which everything seems to be known."""
+    history = [Token(BOS, 0, 0), Token(40, 0, 1)]
+    live = foreign_cache(model, [history])
+    live = feed(model, live, [history], [[Token(41, 0, 2)]], token_type_ids=None)
+    with pytest.raises(ValueError, match="closes a prompt envelope"):
+        model(torch.tensor([[42, END, 50]]), past_key_values=live, use_cache=True)
