@@ -25,6 +25,10 @@ SAME = [
     {"messages": [USER, ANSWER], "tools": []},
     {"messages": [{**USER, "weight": None}, {**ANSWER, "weight": 1}], "tools": "[]"},
     {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Good day."}]},
+    # As pandas and numpy hold them.
+    {"instruction": np.str_("Hi there"), "output": "Good day.", "input": np.nan, "system": np.float32("nan")},
+    {"messages": np.array([USER, ANSWER], dtype=object), "tools": np.nan, "weight": np.int64(1), "prompt": np.nan},
+    {"prompt": [USER], "completion": np.array([{**ANSWER, "weight": np.nan}], dtype=object), "condition": np.nan},
 ]
 
 
@@ -93,10 +97,22 @@ def test_an_empty_condition_is_none_and_an_absent_one_the_default(tokenizer):
         ({"messages": [{**USER, "name": "Ann"}, ANSWER]}, r"`name` of a message in `messages` is unknown"),
         ({"messages": [{**USER, "weight": 0.5}, ANSWER]}, r"`weight` is 0.5"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"x": 1}]}]}, r"tool calls"),
-        ({"messages": [{"from": "human", "value": "a"}]}, r"`from` of a message in `messages` is unknown"),
+        (
+            {"messages": [{"from": "human", "value": "a"}]},
+            r"`from` of a message in `messages` is unknown.*go into `conv",
+        ),
         ({"conversations": [{"from": "bot", "value": "a"}]}, r"`from` is 'bot'.*known are system, human"),
         ({"conversations": [{"role": "user", "content": "a"}]}, r"`role` of a message in `conversations` is unknown"),
         ({"prompt": "<|im_start|>a<|im_end|>", "completion": "b"}, r"has its envelope already"),
+        ({"instruction": "<|im_start|>a<|im_end|>", "response": "b"}, r"has its envelope already"),
+        ({"prompt": "a", "completion": "b<|box_end|>"}, r"has its end token already"),
+        ({"messages": [USER, {**ANSWER, "role": "asistant"}]}, r"`role` is 'asistant'.*nearest known is `assistant`"),
+        ({"messages": [USER, {"content": "b"}]}, r"`role` is None in `messages`"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"`from` is \['human'\]"),
+        ({"instruction": "a", "output": 5}, r"`output` is a int and must be a string"),
+        ({**SAME[0], "tools": 5}, r"`tools` is a int and must be a list"),
+        ({1: "a", **SAME[0]}, r"a row names its fields"),
+        (["a", "b"], r"a row names its fields"),
         ({"prompt": "a", "completion": [ANSWER]}, r"here one is of each"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"`chosen` is unknown.*preferences are for DPO"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, r"preferences are for DPO"),
@@ -138,8 +154,8 @@ def test_files_give_the_same_rows(tmp_path):
 
 
 def test_a_weight_in_a_csv_file(tmp_path, tokenizer):
-    (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0\na,b,1\na,b,\n")
-    assert str(encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)[1]).startswith("3 rows: 2 kept")
+    (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0\na,b,1\na,b,\na,b,0.0\na,b,1.0\n")
+    assert str(encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)[1]).startswith("5 rows: 3 kept")
     (tmp_path / "rows.csv").write_text("instruction,response,weight\na,b,0.5\n")
     with pytest.raises(ValueError, match=r"`weight` is '0.5'"):
         encode_rows(read_rows(tmp_path / "rows.csv"), tokenizer, 100)

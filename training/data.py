@@ -45,7 +45,7 @@ class EncodingReport:
 # Files
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Rows of a file (JSON Lines, a JSON list, CSV, Parquet), of a folder saved by `datasets`, or of any mappings.
 
     In a CSV file everything is text but `weight`, and an empty cell is an absent field.
@@ -56,7 +56,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[dict
         ValueError: a row that cannot be read; the message names file and line.
     """
     if not isinstance(source, (str, Path)):
-        yield from (dict(row) for row in source)
+        yield from source
         return
     path = Path(source)
     if not path.exists():
@@ -82,7 +82,8 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
                     f"{path}, line {reader.line_num}: not as many cells as the first line, which names them, has: "
                     f"{len(reader.fieldnames)}"
                 )
-            weight = {"weight": int(row["weight"])} if row.get("weight") in ("0", "1") else {}
+            # A column with gaps comes out of pandas as 0.0 and 1.0.
+            weight = {"weight": int(row["weight"][0])} if row.get("weight") in ("0", "1", "0.0", "1.0") else {}
             yield {**{name: value or None for name, value in row.items()}, **weight}
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error

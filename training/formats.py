@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 
@@ -28,8 +29,11 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 MESSAGE_FIELDS = ("role", "content", "weight", "tool_calls")
 TOOL_FIELDS = ("role", "content", "tool_call_id", "name")
+ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_FIELDS = ("from", "value", "weight")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# Where a message goes that has the fields of the other form.
+OTHER_FORM = {"from": "conversations", "value": "conversations", "role": "messages", "content": "messages"}
 # What is not trained on questions and answers, and what trains on it.
 ELSEWHERE = {
     "chosen": "preferences are for DPO: see training/recipes/dpo.py",
@@ -59,13 +63,15 @@ def read_row(row: Mapping[str, Any], ignored: Collection[str] = ()) -> Row | Non
     """Reads a row of any form; None where its weight is 0, or that of all its answers.
 
     Args:
-        row: what a file or data set holds; fields that are None count as absent.
+        row: what a file or data set holds, of numpy's types too; fields that are None or NaN count as absent.
         ignored: fields that are left aside.
 
     Raises:
         ValueError: a field that is unknown, or not of its form; no form, or two; a value of the wrong type.
     """
-    row = {name: value for name, value in row.items() if value is not None and name not in ignored}
+    if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+        raise ValueError(f"a row names its fields, as in {{'instruction': ...}}, and this is {str(row)[:80]!r}")
+    row = _present({name: value for name, value in row.items() if name not in ignored})
     form = _form(row)
     known = (*FORMS[form], *COMMON)
     for name in row:
@@ -92,6 +98,24 @@ def read_row(row: Mapping[str, Any], ignored: Collection[str] = ()) -> Row | Non
         return None
     messages = [{name: value for name, value in each.items() if name != "weight"} for each in messages]
     return Row(messages, learned, condition, _tools(row.get("tools")))
+
+
+def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are there, with lists and numbers of Python's own in place of numpy's."""
+    plain = {name: _plain(value) for name, value in fields.items()}
+    return {
+        name: value
+        for name, value in plain.items()
+        if not (value is None or (isinstance(value, Real) and value != value))
+    }
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _form(row: Mapping[str, Any]) -> str:
@@ -146,10 +170,6 @@ def _instruction(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     prompt, completion = row["prompt"], row.get("completion", "")
     if isinstance(prompt, str) and isinstance(completion, str):
-        if prompt.startswith("<|im_start|>"):
-            raise ValueError(
-                "`prompt` has its envelope already: give the text alone, which is put into one here, or messages"
-            )
         return _exchange(prompt, completion)
     if isinstance(prompt, str) or (isinstance(completion, str) and completion):
         raise ValueError("`prompt` and `completion` are both texts or both lists of messages, and here one is of each")
@@ -165,7 +185,7 @@ def _conversations(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = []
     for turn in turns:
         _known_fields(turn, SHAREGPT_FIELDS, "conversations")
-        role = SHAREGPT_ROLES.get(turn.get("from"))
+        role = SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
             raise ValueError(
                 f"`from` is {turn.get('from')!r} in `conversations`: known are {', '.join(SHAREGPT_ROLES)}; tools "
@@ -178,20 +198,26 @@ def _conversations(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:
     messages = _list_of_messages(value, field, '{"role": ..., "content": ...}')
     for message in messages:
-        _known_fields(message, TOOL_FIELDS if message.get("role") == "tool" else MESSAGE_FIELDS, field)
+        role = message.get("role")
+        _known_fields(message, TOOL_FIELDS if role == "tool" else MESSAGE_FIELDS, field)
+        if role not in ROLES:
+            near = _nearest(str(role), ROLES)
+            raise ValueError(f"`role` is {role!r} in `{field}`{near}: known are {', '.join(ROLES)}")
     return messages
 
 
 def _list_of_messages(value: Any, field: str, form: str) -> list[dict[str, Any]]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(each, Mapping) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise ValueError(f"`{field}` must be a list of {form}")
-    return [{name: part for name, part in each.items() if part is not None} for each in value]
+    return [_present(each) for each in value]
 
 
 def _known_fields(message: Mapping[str, Any], known: Collection[str], field: str) -> None:
     for name in message:
         if name not in known:
-            raise ValueError(f"the field `{name}` of a message in `{field}` is unknown{_nearest(name, known)}")
+            other = OTHER_FORM.get(name, field)
+            near = _nearest(name, known) if other == field else f": messages that have it go into `{other}`"
+            raise ValueError(f"the field `{name}` of a message in `{field}` is unknown{near}")
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -200,6 +226,10 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _exchange(text: str, answer: str) -> list[dict[str, Any]]:
+    if text.lstrip().startswith("<|im_start|>"):
+        raise ValueError("the prompt has its envelope already: give the text alone, which is put into one here")
+    if answer.rstrip().endswith("<|box_end|>"):
+        raise ValueError("the response has its end token already: give the text alone, which is ended here")
     return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
@@ -210,4 +240,6 @@ def _tools(value: Any) -> Any:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"`tools` is a string that is not JSON ({error})") from error
+    if not (value is None or isinstance(value, list)):
+        raise ValueError(f"`tools` is a {type(value).__name__} and must be a list of schemas")
     return value or None
