@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,21 @@ def find_sequences(position_ids: torch.Tensor, real: torch.Tensor | None) -> tor
         position_ids = position_ids.expand_as(real)
         border = real & (previous >= 0) & (position_ids <= at(position_ids, previous))
     return border.long().cumsum(dim=1)
+
+
+def refuse_lost_borders(arguments: dict[str, Any], position_ids: torch.Tensor | None) -> None:
+    """Refuses a packed row whose positions were dropped, given the arguments that forward names not.
+
+    Raises:
+        ValueError: offsets name several sequences, and no `position_ids` tell where they lie.
+    """
+    offsets = arguments.get("cu_seq_lens_q")
+    if position_ids is None and offsets is not None and offsets.shape[-1] > 2:
+        raise ValueError(
+            f"`cu_seq_lens_q` names {offsets.shape[-1] - 1} packed sequences, and `position_ids`, which tell them "
+            "apart, were not given. An adapter with virtual tokens drops them: train it on rows of one sequence (in "
+            "TRL, without `packing` and `padding_free`)."
+        )
 
 
 def find_blocks(types: torch.Tensor, real: torch.Tensor | None, sequence: torch.Tensor | None) -> torch.Tensor:
@@ -327,5 +343,6 @@ __all__ = [
     "last_true",
     "next_true",
     "recognise_embeddings",
+    "refuse_lost_borders",
     "values_are_readable",
 ]

@@ -47,7 +47,14 @@ from .folder_hrm_text import AdoptedLinear  # noqa: F401  (transformers before 5
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer, compiles_layers
 from .kernels_hrm_text import fused_norm, fused_split_and_rotate, fused_swiglu, is_eager, linear, saves_memory, serves
-from .layout_hrm_text import PromptLayout, StepLayout, TokenLayout, recognise_embeddings, values_are_readable
+from .layout_hrm_text import (
+    PromptLayout,
+    StepLayout,
+    TokenLayout,
+    recognise_embeddings,
+    refuse_lost_borders,
+    values_are_readable,
+)
 from .loading_hrm_text import LoadingMixin
 from .packed_hrm_text import PackedLinear  # noqa: F401  (for the same reason)
 from .quantized_hrm_text import QuantizedMatrix  # noqa: F401  (for the same reason)
@@ -494,6 +501,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
             ValueError: arguments that do not fit, or a prefix block that would be split over two calls.
         """
         refuse_paged_call(kwargs)
+        refuse_lost_borders(kwargs, position_ids)
         cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
@@ -755,6 +763,7 @@ class HrmTextForCausalLM(HrmTextGenerationMixin, HrmTextPreTrainedModel):
         if is_traced():
             return self._trace(input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
         refuse_paged_call(kwargs)
+        refuse_lost_borders(kwargs, position_ids)
         cache = one_cache(past_key_values, cache)
         layout = kwargs.pop("layout", None)
         if self._decoder is not None and isinstance(layout, StepLayout) and labels is None:

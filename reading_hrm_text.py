@@ -78,6 +78,12 @@ FOREIGN_CACHE = (
     "`reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`, `reset`)."
 )
 
+BEHIND_UNSEEN = (
+    "a packed sequence begins in this call behind cached keys that no tokens of this model wrote (an adapter's "
+    "virtual tokens), and would not see them: give each sequence a row of its own (in TRL, without `packing` and "
+    "`padding_free`)."
+)
+
 UNEVEN_CACHE = (
     "the slots of the cache do not hold the same tokens: a call on it was interrupted, or only some of its layers "
     "were changed. Begin with a new cache."
@@ -279,6 +285,7 @@ class _Reading:
         self.position_ids = self._positions()
         self.real = self._whole_real()
         self.sequence = self._sequences()
+        self._refuse_sequences_behind_unseen()
         self.types, self.stated = self._types()
         self.block = self._blocks()
         if self.readable:
@@ -408,6 +415,15 @@ class _Reading:
         if self.call.position_ids is None and (self.history is None or self.history.packed is False):
             return None
         return find_sequences(self._join("positions", self.position_ids), self.real)
+
+    def _refuse_sequences_behind_unseen(self) -> None:
+        unseen = self.past if self.history is None else self.history.unseen
+        if self.sequence is None or self.cached is None or not isinstance(unseen, int) or not unseen:
+            return
+        # Virtual tokens shift all positions: a sequence that counts from 0 does not count on them.
+        begun = self._new(self.sequence) > 0
+        counts_from_0 = (begun & (self.position_ids < unseen)).any()
+        self.refusals.append((begun.any() & ~counts_from_0, BEHIND_UNSEEN))
 
     def _types(self) -> tuple[torch.Tensor | None, bool]:
         """Types of the new tokens, int64 [batch, count] of 0, 1 and 2, or None where all are causal; and whether they

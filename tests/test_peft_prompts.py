@@ -121,3 +121,25 @@ def test_adapted_generate(kind, types):
     layout = torch.nn.functional.pad(torch.ones_like(prompt), (0, 3))
     wanted = right_logits(tuned, kind, whole, layout)[:, 3:-1]
     torch.testing.assert_close(torch.stack(output.logits, dim=1), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_rows_and_virtual_tokens_are_refused(kind):
+    """Only the first sequence of a row would see the virtual tokens, without a word."""
+    tuned = adapted(kind)
+    packed, positions = ANSWERED.repeat(1, 2), torch.arange(8).repeat(1, 2)
+    offsets = torch.tensor([0, 8, 16])
+    with pytest.raises(ValueError, match=r"virtual tokens.*`packing` and `padding_free`"):
+        tuned(packed, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    one = torch.tensor([0, 8])
+    alone = tuned(ANSWERED, attention_mask=torch.ones_like(ANSWERED)).logits
+    torch.testing.assert_close(tuned(ANSWERED, position_ids=positions[:, :8], cu_seq_lens_q=one).logits, alone)
+
+
+def test_a_sequence_of_its_own_behind_unseen_keys_is_read():
+    """It begins at position 0, so it does not count on what is there."""
+    tuned = adapted("prefix tuning")
+    base, past = tuned.get_base_model(), tuned.get_prompt(batch_size=1)
+    with torch.no_grad():
+        logits = base(ANSWERED, position_ids=torch.arange(8)[None], past_key_values=past).logits
+        torch.testing.assert_close(logits, base(ANSWERED).logits, atol=1e-4, rtol=1e-4)
