@@ -173,9 +173,9 @@ def check(source: Path, output: Path, what: str, fully: bool) -> bool:
         what
     )
     if fully:
-        opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None, "label": None}
+        opening = {"path": str(source), "epoch": None, "weights": "ema", "tokenizer": None}
         try:
-            found = verify(output, opening, done.plan.config, remote_code=True)
+            found = verify(output, {"source": opening, "config": done.plan.config, "remote_code": True})
         except ConversionError as error:
             assert "\n" not in str(error) and str(source) in str(error), (what, error)
         else:
