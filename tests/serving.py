@@ -1,8 +1,16 @@
-"""A model folder for the tests of pipelines and servers: random weights, at a scale where the mask matters."""
+"""For tests of pipelines and servers: a random model at a scale where the mask matters, and `transformers serve`."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,9 @@ from .tiny import ROOT, load_class
 
 QUESTIONS = ["What is 48 + 27?", "Reverse the word stone.", "Sort 52, 7, 19 in ascending order."]
 NEW_TOKENS = 12
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+CLI = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+START_SECONDS = 600
 
 
 def make_folder(folder: Path, seed: int = 0) -> Path:
@@ -47,6 +58,39 @@ def make_folder(folder: Path, seed: int = 0) -> Path:
     for module in ROOT.glob("*_hrm_text.py"):
         shutil.copyfile(module, folder / module.name)
     return folder
+
+
+@contextmanager
+def served(folder: str | Path, log: Path) -> Iterator[str]:
+    """The address of `transformers serve` with a folder, on loopback, while it runs; `log` gets what it prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [*CLI, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
+    with log.open("w") as sink:
+        server = subprocess.Popen([*command, "--port", str(port)], env=ENVIRONMENT, stdout=sink, stderr=sink)
+        try:
+            _wait_until_up(server, address, log)
+            yield address
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=60)
+            finally:
+                server.kill()
+
+
+def _wait_until_up(server: subprocess.Popen, address: str, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=1)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"the server did not start within {START_SECONDS} s: {log.read_text()}")
 
 
 @torch.no_grad()

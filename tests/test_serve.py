@@ -6,20 +6,14 @@ from 5.9 on it runs the library's class on our folder. There is nothing of ours 
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .serving import NEW_TOKENS, QUESTIONS, explicit_answer, make_folder
+from .serving import CLI, ENVIRONMENT, NEW_TOKENS, QUESTIONS, explicit_answer, make_folder, served
 
 
 pytestmark = [
@@ -30,8 +24,6 @@ pytestmark = [
     ),
 ]
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-CLI = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": QUESTIONS[0]},
@@ -62,32 +54,15 @@ def expected(folder):
 
 @pytest.fixture(scope="module")
 def address(folder, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    with log.open("w") as sink:
-        options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-        server = subprocess.Popen([*CLI, "serve", folder, *options], env=ENVIRONMENT, stdout=sink, stderr=sink)
-        try:
-            for _ in range(600):
-                assert server.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
+    with served(folder, tmp_path_factory.mktemp("log") / "serve.log") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def client(address):
     import openai
 
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
 
 
 def ask(client, folder, messages, stream=False, **arguments):

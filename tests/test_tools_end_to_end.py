@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 import transformers
@@ -17,11 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.tools import CALCULATOR, calculate, conversation, is_held_out, rows
 
+from .serving import ENVIRONMENT, served
 from .tiny import ROOT
 
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-CLI = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
 STEPS = ["--max-steps", "120", "--batch-size", "8", "--learning-rate", "1.5e-3", "--warmup-steps", "10"]
 STEPS += ["--average", "0.9", "--gradient-steps", "5", "5", "--length", "512"]
 
@@ -55,7 +50,7 @@ def folder(tmp_path_factory):
     command = ["--model", ".", "--data", folder / "rows.jsonl", "--output", folder / "caller", "--tools", *STEPS]
     command += ["--held-out", "0.002", "--cpu"]
     subprocess.run(
-        [sys.executable, "-m", "training.sft", *command], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=3600
+        [sys.executable, "-m", "training.sft", *command], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=7200
     )
     shutil.rmtree(folder / "caller" / "training")
     return str(folder / "caller")
@@ -82,25 +77,8 @@ def test_nano_calls_the_calculator_on_sums_it_has_not_seen(folder):
 
 @pytest.fixture(scope="module")
 def address(folder, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as sink:
-        server = subprocess.Popen([*CLI, "serve", folder, *options], env=ENVIRONMENT, stdout=sink, stderr=sink)
-        try:
-            for _ in range(600):
-                assert server.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(60)
+    with served(folder, tmp_path_factory.mktemp("log") / "serve.log") as address:
+        yield address
 
 
 @pytest.mark.slow
@@ -110,7 +88,7 @@ def address(folder, tmp_path_factory):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_gets_calls_and_sends_back_what_they_gave(address, folder, stream):
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
 
     def ask(messages):
         answer = client.chat.completions.create(
