@@ -3,14 +3,13 @@
 Such a folder holds `.metadata`, a pickled index, and `__RANK_N.distcp` files, in which every tensor (or the piece of
 it that one rank held) is a `torch.save` archive at an offset that the index gives. The stock reader unpickles the
 index without restriction. This one accepts only the names that the format needs and replaces each with an inert
-stand-in, checks every number against the files, and reads tensors with `weights_only=True`, one byte range at a time,
-so that the optimizer state of a large checkpoint is never read.
+stand-in, X
 """
 
 import io
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,13 +20,19 @@ import torch
 from .errors import ConversionError
 from .layout import TensorSpec
 from .paths import inside
+from .pickles import BoundedUnpickler
 from .reading import read_bytes, said, shown
 
 
 MAX_INDEX_BYTES = 64 * 2**20
-# The index of a checkpoint nests tuples three deep, and a tensor has at most a piece for each rank.
-_MOST_NESTED = 16
+# A tensor has at most a piece for each rank.
 _MOST_PIECES = 4096
+_MOST_PIECES_IN_ALL = 250_000
+# In rows that lie side by side; pieces of rows need no comparison.
+_MOST_COMPARISONS = 250_000
+_MOST_DIMENSIONS = 16
+# What an archive of `torch.save` holds besides the numbers.
+_MOST_OF_ARCHIVE = 2**16
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS = {
     *(
@@ -49,17 +54,19 @@ _RECORDS = {
     *(("pathlib._local", name) for name in ("PosixPath", "WindowsPath")),
 }
 _DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+}
 
 
-class _IndexUnpickler(pickle._Unpickler):
-    """Unpickles an index into stand-ins. Each instance makes its own, so that a pickle cannot alter another's.
+class _IndexUnpickler(BoundedUnpickler):
+    """Unpickles an index into stand-ins. Each instance makes its own, so that a pickle cannot alter another's."""
 
-    This is the unpickler written in Python. The one written in C reserves memory for whatever number a pickle gives a
-    remembered object, and computes the hash of a deeply nested tuple until the stack of the process is used up.
-    """
-
-    def __init__(self, file: io.BufferedIOBase):
-        super().__init__(file)
+    def __init__(self, content: bytes):
+        super().__init__(content)
         self._record = type("Record", (), {"__init__": lambda record, *args: None, "__setstate__": _set_state})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -70,36 +77,35 @@ class _IndexUnpickler(pickle._Unpickler):
         if module == "torch" and name in _DTYPES:
             return getattr(torch, name)
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _no_entries
         if (module, name) == ("builtins", "getattr"):
             # Some versions of Python pickle an enum member (here the memory format) as getattr(class, name).
             return lambda owner, attribute: None
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which the format does not need")
+        return super().find_class(module, name)
 
 
-def _nesting(value: tuple, levels: int = _MOST_NESTED) -> None:
-    if levels == 0:
-        raise pickle.UnpicklingError("its tuples are nested too deeply")
-    for item in value:
-        if type(item) is tuple:
-            _nesting(item, levels - 1)
+class _TensorUnpickler(BoundedUnpickler):
+    """Unpickles what `torch.save` writes of a plain tensor into a `_StoredTensor`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _StoredTensor.from_arguments
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ("collections", "OrderedDict"):  # of the hooks
+            return _no_entries
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("it is not a tensor of floating numbers")
+        return dtype, _text(key)
 
 
-def _checking(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    def checked(unpickler: Any) -> None:
-        load(unpickler)
-        _nesting(unpickler.stack[-1])
-
-    return checked
-
-
-_IndexUnpickler.dispatch = {
-    **pickle._Unpickler.dispatch,
-    **{
-        opcode[0]: _checking(pickle._Unpickler.dispatch[opcode[0]])
-        for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
-    },
-}
+def _no_entries() -> dict[str, Any]:
+    """An empty table. A `dict` could be asked to take keys that were not looked at."""
+    return {}
 
 
 def _set_state(record: Any, state: Any) -> None:
@@ -136,7 +142,7 @@ def read_index(folder: Path) -> dict[str, IndexedTensor]:
     path = folder / ".metadata"
     content = read_bytes(folder, path.name, MAX_INDEX_BYTES)
     try:
-        metadata = _IndexUnpickler(io.BytesIO(content)).load()
+        metadata = _IndexUnpickler(content).load()
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise ConversionError(f"{path} is not a safe index ({said(error)}): copy the checkpoint again") from None
     try:
@@ -153,7 +159,7 @@ def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
         offset = key.fields.get("offset")
         storage[_text(key.fields["fqn"]), () if offset is None else _numbers(offset)] = info.fields
 
-    tensors = {}
+    tensors, count, comparisons = {}, 0, 0
     for name, entry in metadata.fields["state_dict_metadata"].items():
         fields = getattr(entry, "fields", {})
         if "chunks" not in fields:  # a Python object of the optimizer, never read
@@ -164,6 +170,9 @@ def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
             raise ValueError(f"{name} has no dtype")
         shape = _numbers(fields["size"])
         pieces = []
+        count += len(fields["chunks"])
+        if len(fields["chunks"]) > _MOST_PIECES or count > _MOST_PIECES_IN_ALL:
+            raise ValueError(f"{_text(name)} is in too many pieces")
         for chunk in fields["chunks"]:
             offsets, sizes = _numbers(chunk.fields["offsets"]), _numbers(chunk.fields["sizes"])
             if prod(sizes) == 0:  # more ranks than rows
@@ -174,15 +183,15 @@ def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
             (start,), (length,) = _numbers([info["offset"]]), _numbers([info["length"]])
             pieces.append(Piece(offsets, sizes, _text(info["relative_path"]), start, length))
         tensors[_text(name)] = IndexedTensor(TensorSpec(shape, dtype), tuple(pieces))
-        _check_cover(name, shape, pieces)
+        comparisons += _check_cover(name, shape, pieces, _MOST_COMPARISONS - comparisons)
     return tensors
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if any(type(value) is not int or not 0 <= value < 2**62 for value in numbers):
-        raise ValueError(f"{shown(numbers)} are not sizes")
-    return numbers
+    right = isinstance(values, list | tuple) and len(values) <= _MOST_DIMENSIONS
+    if not right or any(type(value) is not int or not 0 <= value < 2**60 for value in values):
+        raise ValueError(f"{shown(values)} are not sizes")
+    return tuple(values)
 
 
 def _text(value: Any) -> str:
@@ -191,19 +200,24 @@ def _text(value: Any) -> str:
     return value
 
 
-def _check_cover(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
-    """Pieces must tile the tensor: inside it, apart from each other, as many elements as it has."""
+def _check_cover(name: str, shape: tuple[int, ...], pieces: list[Piece], allowed: int) -> int:
+    """Pieces must tile the tensor: inside it, apart from each other, as many elements as it has.
+
+    Returns how many comparisons that took, of those that are allowed.
+    """
+    comparisons = 0
     for piece in pieces:
         if len(piece.offsets) != len(shape) or len(piece.sizes) != len(shape):
             raise ValueError(f"a piece of {name} has another number of dimensions")
         if any(o + s > n for o, s, n in zip(piece.offsets, piece.sizes, shape, strict=True)):
             raise ValueError(f"a piece of {name} lies outside of it")
-    if len(pieces) > _MOST_PIECES:
-        raise ValueError(f"{name} is in more than {_MOST_PIECES} pieces")
     # Only pieces whose first rows have begun and not ended are compared: with pieces of rows that is one.
     begun: list[Piece] = []
     for a in sorted(pieces, key=lambda piece: piece.offsets):
         begun = [b for b in begun if not shape or a.offsets[0] < b.offsets[0] + b.sizes[0]]
+        comparisons += len(begun)
+        if comparisons > allowed:
+            raise ValueError(f"{name} is in too many pieces that lie side by side")
         for b in begun:
             if all(
                 ao < bo + bs and bo < ao + as_
@@ -213,6 +227,7 @@ def _check_cover(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None
         begun.append(a)
     if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
         raise ValueError(f"the pieces of {name} do not cover it: a rank is missing")
+    return comparisons
 
 
 def check_files(folder: Path, tensors: list[IndexedTensor]) -> None:
@@ -254,28 +269,82 @@ def _read_piece(folder: Path, name: str, dtype: torch.dtype, piece: Piece) -> to
     expected = prod(piece.sizes) * dtype.itemsize
     if piece.length < expected:
         raise ConversionError(f"{folder / '.metadata'}: {name} claims more data than its file has; copy it again")
+    if piece.length > expected + _MOST_OF_ARCHIVE:
+        raise ConversionError(
+            f"{folder / '.metadata'}: {name} would take {piece.length:,} bytes for {expected:,} of numbers; save the "
+            "checkpoint again"
+        )
+    archive = bytearray(piece.length)
     try:
         with open(path, "rb") as file:
             file.seek(piece.start)
-            archive = io.BytesIO(file.read(piece.length))
-        # torch.save stores without compression: an archive that inflates is not its work.
-        with zipfile.ZipFile(archive) as entries:
-            if sum(entry.file_size for entry in entries.infolist()) > piece.length:
-                raise ValueError("its archive inflates")
-        archive.seek(0)
-        tensor = torch.load(archive, map_location="cpu", weights_only=True)
+            if file.readinto(archive) != piece.length:
+                raise ValueError("its file ends too soon")
+        tensor = _read_archive(archive)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}): check the disk and permissions") from None
     except Exception as error:  # a hostile or damaged archive can raise anything
         reason = said(error)
         raise ConversionError(f"{path} is damaged at {name} ({reason}): copy it again") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ConversionError(f"{path}: {name} is not a plain tensor; save the checkpoint again")
     if tensor.shape != piece.sizes or tensor.dtype != dtype:
         raise ConversionError(
             f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype} but its index says {piece.sizes} {dtype}; "
             "copy the checkpoint again"
         )
-    if tensor.untyped_storage().nbytes() < expected:
-        raise ConversionError(f"{path}: {name} has less data than its shape; save the checkpoint again")
-    return tensor.detach()
+    return tensor
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor as its pickle describes it: the numbers, of which it is a part, and where it lies in them."""
+
+    dtype: torch.dtype
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def from_arguments(
+        cls, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+    ) -> "_StoredTensor":
+        """From the arguments with which torch puts a plain tensor together."""
+        if metadata:
+            raise pickle.UnpicklingError("it is not a plain tensor")
+        dtype, key = storage
+        return cls(dtype, key, *_numbers([offset]), _numbers(shape), _numbers(strides))
+
+
+def _read_archive(archive: bytearray) -> torch.Tensor:
+    """The tensor in an archive of `torch.save`, in the memory of the archive.
+
+    `torch.load(weights_only=True)` runs nothing either, but can be kept busy without an end.
+    """
+    with zipfile.ZipFile(io.BytesIO(archive)) as entries:
+        found = {entry.filename.partition("/")[2]: entry for entry in entries.infolist()}
+    # torch.save stores without compression: an archive that inflates is not its work.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in found.values()):
+        raise ValueError("its archive inflates")
+    stored = _TensorUnpickler(_content(archive, found["data.pkl"])).load()
+    if not isinstance(stored, _StoredTensor):
+        raise ValueError("it is not a plain tensor")
+    if "byteorder" in found and _content(archive, found["byteorder"]) != b"little":
+        raise ValueError("its numbers are stored in another order of bytes")
+    numbers = _content(archive, found[f"data/{stored.key}"])
+    if len(stored.shape) != len(stored.strides) or len(numbers) % stored.dtype.itemsize:
+        raise ValueError("its sizes do not fit")
+    if len(numbers) < prod(stored.shape) * stored.dtype.itemsize:
+        raise ValueError("it has less data than its shape")
+    # Torch refuses a view that leaves the numbers.
+    whole = torch.frombuffer(numbers, dtype=stored.dtype) if len(numbers) else torch.empty(0, dtype=stored.dtype)
+    return whole.as_strided(stored.shape, stored.strides, stored.offset)
+
+
+def _content(archive: bytearray, entry: zipfile.ZipInfo) -> memoryview:
+    """The bytes of an entry. They lie behind a header of 30 bytes, which ends in the lengths of two more fields."""
+    header = memoryview(archive)[entry.header_offset : entry.header_offset + 30]
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    content = memoryview(archive)[start : start + entry.file_size]
+    if len(content) != entry.file_size:
+        raise ValueError("its archive is cut off")
+    return content

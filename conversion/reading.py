@@ -1,8 +1,11 @@
 """Reads the small files of a checkpoint within bounds: regular files only, of limited size, depth and nodes."""
 
 import json
+import math
 import os
+import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as _short
 from typing import Any
@@ -13,12 +16,20 @@ from .errors import ConversionError
 from .paths import inside
 
 
-MAX_BYTES = 64 * 2**20
+# Settings, lists of tokens and templates; the largest known is a megabyte or two.
+MAX_BYTES = 8 * 2**20
+# What can hold a whole vocabulary or the name of every tensor. Models of pieces are a few megabytes.
+_LARGER = {"tokenizer.json": 48 * 2**20, "model.safetensors.index.json": 64 * 2**20}
+_LARGER |= dict.fromkeys(("vocab.json", "vocab.txt", "merges.txt"), 16 * 2**20)
+_LARGER |= dict.fromkeys(("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"), 16 * 2**20)
+# Each takes up to 200 bytes of memory; the largest vocabulary that is published, with its merges, has two million.
+MAX_JSON_VALUES = 3_000_000
 # Training settings are a few kilobytes, and the parser reads a tenth of a megabyte a second.
 MAX_YAML_BYTES = 256 * 2**10
 # Values in a YAML file with every alias written out, and levels of nesting in either format.
 MAX_YAML_NODES = 100_000
 MAX_DEPTH = 64
+_HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def shown(value: Any) -> str:
@@ -46,18 +57,19 @@ def is_there(folder: Path, name: str) -> bool:
     return True
 
 
-def read_bytes(folder: Path, name: str, limit: int = MAX_BYTES) -> bytes:
+def read_bytes(folder: Path, name: str, limit: int | None = None) -> bytes:
     """The content of a small file of a checkpoint.
 
     Args:
         folder: the checkpoint.
         name: name of the file in it.
-        limit: most bytes that such a file has.
+        limit: most bytes that such a file has; None is that of files of this name.
 
     Raises:
         ConversionError: it is missing, unreadable, too large, or not a regular file; a pipe is never waited for.
     """
     path = inside(folder, name, folder)
+    limit = _LARGER.get(name, MAX_BYTES) if limit is None else limit
     try:
         # What a name stands for may change between a look at it and opening it; an open file stays what it is.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -79,7 +91,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_text(folder: Path, name: str, limit: int = MAX_BYTES) -> str:
+def read_text(folder: Path, name: str, limit: int | None = None) -> str:
     """As `read_bytes`, for text in UTF-8."""
     try:
         return read_bytes(folder, name, limit).decode("utf-8")
@@ -88,17 +100,22 @@ def read_text(folder: Path, name: str, limit: int = MAX_BYTES) -> str:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint; as `read_text`, and refuses what is not an object or is nested too deeply."""
+    """A JSON object of a checkpoint; as `read_text`, and refuses what is not an object, or is too deep or too large.
+
+    Numbers without a value, which Python reads and writes and JSON does not have, are refused too.
+    """
     text = read_text(folder, name)
+    if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
+        raise ConversionError(f"{folder / name} has more than {MAX_JSON_VALUES:,} values: it is not what it should be")
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{folder / name} is not valid JSON ({said(error)}): download it again") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{folder / name} is not a JSON object: download it again")
     if _is_deeper(value, MAX_DEPTH):
         raise ConversionError(f"{folder / name} is nested deeper than {MAX_DEPTH} levels: download it again")
-    if "\\u" in text and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+    if _HALF_ESCAPE.search(text) and not all(map(_is_unicode, _texts(value))):
         raise ConversionError(f"{folder / name} holds half a surrogate pair, which is not text: download it again")
     return value
 
@@ -122,6 +139,17 @@ def read_yaml(folder: Path, name: str) -> dict[str, Any]:
         raise ConversionError(f"{folder / name} is not plain YAML ({said(error)}): copy it again") from None
     if not isinstance(value, dict):
         raise ConversionError(f"{folder / name} is not a YAML mapping: copy it again")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{text[:20]} is too large")
     return value
 
 
@@ -151,6 +179,17 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in lists and tables, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        yield from _texts(item)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

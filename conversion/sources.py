@@ -187,17 +187,18 @@ class _ModelFolder(Source):
         files = _weight_files(path)
         stored: dict[str, TensorSpec] = {}
         places: dict[str, tuple[Path, int]] = {}
-        for file in dict.fromkeys(files.values()) if isinstance(files, dict) else files:
-            for name, (spec, start) in read_header(file).items():
-                if isinstance(files, dict) and files.get(name) != file:
+        for file, names in files.items():
+            header = read_header(file)
+            for name in header if names is not None else ():
+                if name not in names:
                     raise ConversionError(
                         f"{file} holds {name}, which the index does not place there: download it again"
                     )
-                stored[name], places[name] = spec, (file, start)
-        if isinstance(files, dict):
-            for name, file in files.items():
-                if name not in stored:
+            for name in names or ():
+                if name not in header:
                     raise ConversionError(f"{file} lacks the tensor {name} that the index names: download it again")
+            for name, (spec, start) in header.items():
+                stored[name], places[name] = spec, (file, start)
         groups = group_names(stored, str(path))
         specs = {name: _joined(name, members, stored, path) for name, members in groups.items()}
         dimensions = measure(specs, str(path))
@@ -271,8 +272,8 @@ def _training_keys(index: dict[str, distcp.IndexedTensor], weights: str, folder:
     return keys
 
 
-def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
-    """The safetensors files: by tensor name where an index says, else the one file."""
+def _weight_files(path: Path) -> dict[Path, dict[str, None] | None]:
+    """The safetensors files, and the names of the tensors in each where an index says them."""
     index_path = path / "model.safetensors.index.json"
     if is_there(path, index_path.name):
         weight_map = read_json(path, index_path.name).get("weight_map")
@@ -286,10 +287,13 @@ def _weight_files(path: Path) -> dict[str, Path] | list[Path]:
         for file in files.values():
             if not file.is_file():
                 raise ConversionError(f"{file} is missing, and {index_path.name} names it: download it")
-        return {name: files[shard] for name, shard in weight_map.items()}
+        names: dict[Path, dict[str, None]] = {file: {} for file in files.values()}
+        for name, shard in weight_map.items():
+            names[files[shard]][name] = None
+        return names
     single = inside(path, "model.safetensors", path)
     if single.is_file():
-        return [single]
+        return {single: None}
     if any(path.glob("pytorch_model*.bin")):
         raise ConversionError(f"{path} holds pickled weights only: save it with safe_serialization=True first")
     raise ConversionError(f"{path} has no model.safetensors: download the weights")
@@ -336,7 +340,7 @@ def read_place(file: Path, spec: TensorSpec, start: int) -> torch.Tensor:
 
 def _read_into(tensor: torch.Tensor, path: Path, start: int) -> None:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             file.seek(start)
             read = file.readinto(tensor_bytes(tensor))
     except OSError as error:
