@@ -33,6 +33,9 @@ _HARMLESS = {
     *("target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying", "use_bdlora"),
 }
+# Of a fused projection, which the check multiplies out in float64. The largest of the family has 35 million.
+_MOST_ELEMENTS = 2**26
+_MOST_RANK_OR_ALPHA = 2**31
 _INITS = (True, False, "gaussian", "orthogonal", None)
 
 
@@ -91,6 +94,7 @@ def convert_adapter(path: Path, output: Path, layout: str) -> AdapterConversion:
         )
         raise ConversionError(f"{path} {reason or f'has no {WEIGHTS}: download it again'}")
     pairs, others = _read(path, config)
+    _check_matrices(pairs, path / WEIGHTS)
     told = {name for name in pairs if SPLIT_PARTS.get(_short(name)) != (_short(name),)}  # down_proj is named alike
     fused = {name for name in told if _short(name) in SPLIT_PARTS}
     if fused and fused != told:
@@ -139,15 +143,19 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
         )
     for field in ("r", "lora_alpha"):
         value = config.get(field)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ConversionError(f"{where}: {field} is {shown(value)}; it must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value < _MOST_RANK_OR_ALPHA:
+            raise ConversionError(f"{where}: {field} is {shown(value)}; it must be a number above 0, and below 2**31")
     for field in ("rank_pattern", "alpha_pattern"):
         table = config.get(field) or {}
         if not isinstance(table, dict):
             raise ConversionError(f"{where}: {field} is not a table")
         for key, value in table.items():
             # peft reads the keys as patterns; what is more than a name is not guessed at.
-            if not _PLAIN_NAME.fullmatch(key) or type(value) not in (int, float) or not 0 < value < math.inf:
+            if (
+                not _PLAIN_NAME.fullmatch(key)
+                or type(value) not in (int, float)
+                or not 0 < value < _MOST_RANK_OR_ALPHA
+            ):
                 raise ConversionError(f"{where}: {field} has {shown(key)}: {shown(value)}; give names and numbers")
 
 
@@ -184,6 +192,20 @@ def _read(path: Path, config: dict[str, Any]) -> tuple[dict[str, _Pair], dict[st
     if not pairs:
         raise ConversionError(f"{file} has no LoRA matrix of an HRM-Text's projection")
     return pairs, others
+
+
+def _check_matrices(pairs: dict[str, _Pair], file: Path) -> None:
+    """Refuses matrices that make a larger projection than any HRM-Text has, or hold numbers without a value."""
+    for name, pair in pairs.items():
+        rows, columns = pair.b.shape[0], pair.a.shape[1]
+        parts = next((parts for parts in SPLIT_PARTS.values() if _short(name) in parts), (name,))
+        if rows * columns * len(parts) > _MOST_ELEMENTS:
+            raise ConversionError(
+                f"{file}: {name} would have {rows:,} rows and {columns:,} columns, more than any projection of an "
+                "HRM-Text: is it an adapter of one?"
+            )
+        if not all(matrix.isfinite().all() for matrix in (pair.a, pair.b)):
+            raise ConversionError(f"{file}: {name} holds NaN or infinite values: use another save of the adapter")
 
 
 def _value(config: dict[str, Any], name: str, field: str, pattern: str) -> float:

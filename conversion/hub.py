@@ -10,6 +10,7 @@ from .errors import ConversionError
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # Nothing that could be run is even downloaded.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"]
+_WANTED += ["sentencepiece.bpe.model", "spm.model"]
 _CARD = "README.md"
 _INDEX = "model.safetensors.index.json"
 # A row of the table of files in a card that `conversion.card` wrote, where it names weights.

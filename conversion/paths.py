@@ -31,8 +31,9 @@ def inside(folder: Path, name: str, named_by: Path) -> Path:
     except (OSError, RuntimeError):  # a ring of links, which Python below 3.13 reports as the second
         raise ConversionError(f"{path} is a link that leads nowhere: copy the file itself there") from None
     roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        roots.append((folder.parent.parent / "blobs").resolve())
+    for above in (folder.parent, folder.parent.parent):
+        if above.name == "snapshots":
+            roots.append((above.parent / "blobs").resolve())
     if not any(target.is_relative_to(root) for root in roots):
         raise ConversionError(f"{path} is a link out of the checkpoint: copy the file itself there")
     return path

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5
 # Of waiting: the machine may be busy with other work, and the two limits above end what runs without an end.
 WAIT_SECONDS = 900
-MEMORY_BYTES = 8 * 2**30
+# Of memory beyond what the libraries take themselves; a vocabulary of 262,144 tokens with its merges takes 560 MB.
+MEMORY_BYTES = 700 * 2**20
 # A turn that takes more tokens than this to open is not looked at.
 _MOST_TOKENS = 64
 # They begin differently, so that what all of them share is the template's; some merge with what stands before them.
@@ -44,6 +45,7 @@ def probe(files: dict[str, bytes]) -> dict[str, Any] | None:
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "conversion.probe", folder]
@@ -62,6 +64,7 @@ def probe(files: dict[str, bytes]) -> dict[str, Any] | None:
 def _findings(folder: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
+    _limit_memory()
     with contextlib.suppress(AttributeError):  # no such timer on this system: the outer limit serves
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -139,11 +142,17 @@ def _marks(tokenizer: Any, opening: list[int], closing: int, ids: list[int]) -> 
     return all((text in marked) == (role == "user") and (text in rest) != (role == "user") for role, text in chat)
 
 
-if __name__ == "__main__":
-    with contextlib.suppress(ImportError, ValueError, OSError):
+def _limit_memory() -> None:
+    """Bounds what this process may still take, where the system can."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (taken + MEMORY_BYTES, taken + MEMORY_BYTES))
+
+
+if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
         answer = json.dumps(_findings(sys.argv[1]))
     print(answer)

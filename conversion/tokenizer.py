@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .paths import inside
 from .reading import is_there, read_bytes, read_json, read_text, shown
 
 
@@ -31,8 +32,12 @@ _OWN_SETTINGS = (
     "tokenizer_class",
 )
 # Any of these is a vocabulary that transformers can make a tokenizer of.
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+_VOCABULARIES = ("tokenizer.json", *_PIECES, "vocab.json", "vocab.txt")
 _OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE)
+# Where transformers keeps named templates beside the one of a chat.
+_NAMED_TEMPLATES = "additional_chat_templates"
+_MOST_NAMED_TEMPLATES = 32
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
 _TEXT_SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -54,6 +59,7 @@ class Tokenizer:
     Attributes:
         folder: where its files lie.
         names: its files.
+        named_templates: of its files, those in `additional_chat_templates`.
         settings: `tokenizer_config.json`.
         ids: id of each added token.
         template: its chat template, None where it has none.
@@ -64,6 +70,7 @@ class Tokenizer:
     settings: dict[str, Any]
     ids: dict[str, int]
     template: str | None
+    named_templates: tuple[str, ...] = ()
 
     def special_id(self, name: str) -> int | None:
         """The id of `bos_token`, `eos_token` or `pad_token` as the settings name them."""
@@ -115,7 +122,7 @@ def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
     if not isinstance(conditions, dict) or not all(isinstance(token, str) for token in conditions.values()):
         raise ConversionError(f"{where}: condition_tokens is not a table of tokens")
     ids = _ids(folder, names, settings, vocabulary)
-    return Tokenizer(folder, names, settings, ids, _template(folder, names, settings))
+    return Tokenizer(folder, names, settings, ids, _template(folder, names, settings), _named_templates(folder))
 
 
 def _ids(folder: Path, names: tuple[str, ...], settings: dict[str, Any], vocabulary: int) -> dict[str, int]:
@@ -132,6 +139,10 @@ def _ids(folder: Path, names: tuple[str, ...], settings: dict[str, Any], vocabul
             pieces = content["model"]["vocab"]
             # A byte-level vocabulary is a table, one of pieces with scores a list.
             everything = list(pieces.values()) if isinstance(pieces, dict) else list(range(len(pieces)))
+        elif "vocab.json" in names:
+            everything = list(read_json(folder, "vocab.json").values())
+        elif "vocab.txt" in names:
+            everything = list(range(len(read_text(folder, "vocab.txt").splitlines())))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error!r}): pass another") from None
     for token, index in [*added.items(), *(("", index) for index in everything)]:
@@ -150,12 +161,33 @@ def _template(folder: Path, names: tuple[str, ...], settings: dict[str, Any]) ->
     stored = settings.get("chat_template")
     if isinstance(stored, list):
         try:
-            stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
+            stored = {entry["name"]: entry["template"] for entry in stored}
         except (KeyError, TypeError):
             stored = 0
+    if isinstance(stored, dict):
+        stored = stored.get("default")
     if not isinstance(stored, str | None):
         raise ConversionError(f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor named texts")
     return stored
+
+
+def _named_templates(folder: Path) -> tuple[str, ...]:
+    """The names of the templates that lie in a folder of their own, in order."""
+    path = inside(folder, _NAMED_TEMPLATES, folder)
+    if not path.is_dir():
+        return ()
+    try:
+        found = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".jinja")
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    if len(found) > _MOST_NAMED_TEMPLATES:
+        raise ConversionError(f"{path} holds more than {_MOST_NAMED_TEMPLATES} templates: it is not what it should be")
+    return tuple(found)
+
+
+def _named_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    folder = tokenizer.folder / _NAMED_TEMPLATES
+    return {f"{_NAMED_TEMPLATES}/{name}": read_text(folder, name).encode() for name in tokenizer.named_templates}
 
 
 def speaks(tokenizer: Tokenizer, envelope: Envelope, config: dict[str, Any]) -> bool:
@@ -176,6 +208,7 @@ def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         ConversionError: it is made by code of its own, which is neither run nor copied.
     """
     files = {name: read_bytes(tokenizer.folder, name) for name in tokenizer.names}
+    files |= _named_files(tokenizer)
     settings = tokenizer.settings
     if "auto_map" in settings:
         made_of = settings.get("tokenizer_class")
@@ -245,7 +278,9 @@ def own_files(
         "tokenizer.json": read_bytes(tokenizer.folder, "tokenizer.json"),
         "tokenizer_config.json": _json(settings),
     }
-    if not (is_ours or keep_template):
+    if is_ours or keep_template:
+        files |= _named_files(tokenizer)
+    else:
         template = _own_template(root, envelope)
     if template is not None:
         files[TEMPLATE] = template.encode()

@@ -29,8 +29,10 @@ _NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8"}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SYNC_BYTES = 2**26
 # What a converted or saved model folder consists of; a folder with anything else is not deleted.
-_MODEL_FILES = {".gitattributes", "LICENSE", "README.md", "chat_template.jinja", "merges.txt", "vocab.json"}
+_MODEL_FILES = {".gitattributes", "LICENSE", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt"}
+_MODEL_FILES |= {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"}
 _MODEL_SUFFIXES = {".json", ".py", ".safetensors"}
+_TEMPLATES = "additional_chat_templates"
 
 
 def plan_shards(specs: dict[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:
@@ -155,7 +157,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Writes a small file to the disk and returns its SHA-256."""
+    """Writes a small file to the disk, in a folder that is made if it is missing, and returns its SHA-256."""
+    path.parent.mkdir(exist_ok=True)
     with naming(path), open(path, "xb") as file:
         file.write(content)
         _flush(file)
@@ -189,7 +192,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
         if not force:
             raise ConversionError(f"--output {output} exists: pass --force to replace it, or choose another folder")
         for name in entries:
-            if (target / name).is_dir() or (name not in _MODEL_FILES and Path(name).suffix not in _MODEL_SUFFIXES):
+            if not _is_of_a_model(target / name):
                 raise ConversionError(
                     f"--output {output} holds {name}, which no conversion wrote: move it, or choose another folder"
                 )
@@ -197,6 +200,13 @@ def check_output(output: Path, source: Path, force: bool) -> None:
             raise ConversionError(f"--output {output} is not a model's folder: choose another")
     except OSError as error:
         raise ConversionError(f"--output {output} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _is_of_a_model(path: Path) -> bool:
+    """Whether a file, or the folder of named chat templates, is one that a converted or saved model has."""
+    if path.is_dir():
+        return path.name == _TEMPLATES and all(entry.suffix == ".jinja" for entry in path.iterdir())
+    return path.name in _MODEL_FILES or path.suffix in _MODEL_SUFFIXES
 
 
 @contextmanager
