@@ -11,13 +11,18 @@ import shutil
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
+from conversion.adapters import AdapterConversion
 from conversion.errors import ConversionError
+from conversion.layout import SPLIT_PARTS
 from conversion.sources import open_source
 from conversion.verify import verify
 from conversion.writer import same_bits
@@ -51,6 +56,23 @@ def sources(folder: Path) -> list[Path]:
         shutil.copytree(folder / "tokenizer", folder / name, dirs_exist_ok=True)
         (folder / name / "generation_config.json").write_text('{"max_new_tokens": 9, "do_sample": false}')
     return [folder / name for name in ("training", "one", "split")]
+
+
+def adapters(folder: Path) -> list[Path]:
+    """A LoRA adapter of each layout."""
+    for name, projections in (("split", ("self_attn.q_proj", "mlp.up_proj")), ("fused", ("attn.gqkv_proj",))):
+        generator, tensors = torch.Generator().manual_seed(0), {}
+        for projection in projections:
+            rows = 64 if projection in SPLIT_PARTS else 16
+            for side, shape in (("A", (2, 16)), ("B", (rows, 2))):
+                key = f"base_model.model.model.H_module.layers.0.{projection}.lora_{side}.weight"
+                tensors[key] = torch.randn(shape, generator=generator)
+        (folder / name).mkdir(parents=True)
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {}, "alpha_pattern": {"q_proj": 5}}
+        config |= {"target_modules": [name.split(".")[1] for name in projections], "bias": "none"}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    return [folder / name for name in ("split", "fused")]
 
 
 def places(node: Any, path: tuple = ()) -> list[tuple]:
@@ -159,7 +181,9 @@ def check(source: Path, output: Path, what: str, fully: bool) -> bool:
     before = sorted(item.relative_to(source.parent) for item in source.parent.rglob("*"))
     started = time.process_time()
     try:
-        done = convert(source, output, verification=False, progress=False)
+        # An adapter of the published layout can only be split.
+        layout = "split" if source.name == "fused" else "fused"
+        done = convert(source, output, verification=False, progress=False, layout=layout)
     except ConversionError as error:
         assert "\n" not in str(error) and len(str(error)) < 3000, what
         assert str(source) in str(error), (what, error)
@@ -167,6 +191,9 @@ def check(source: Path, output: Path, what: str, fully: bool) -> bool:
         return False
     finally:
         assert time.process_time() - started < SECONDS, what
+    if isinstance(done, AdapterConversion):  # it has multiplied the matrices out
+        shutil.rmtree(output)
+        return True
     written, read = open_source(output), done.plan.source
     assert written.specs.keys() == read.specs.keys()
     assert all(same_bits(written.read(name), read.read(name).to(written.specs[name].dtype)) for name in read.specs), (
@@ -185,13 +212,15 @@ def check(source: Path, output: Path, what: str, fully: bool) -> bool:
     return True
 
 
-def run(folder: Path, count: int, seed: int, verified: int) -> tuple[int, int]:
+def run(
+    folder: Path, count: int, seed: int, verified: int, make: Callable[[Path], list[Path]] = sources
+) -> tuple[int, int]:
     """So many changes of each source in turn; how many were converted, and how many refused."""
 
     def too_long(*_: Any) -> None:
         raise TimeoutError("the converter waits or runs without an end")
 
-    originals = sources(folder / "original")
+    originals = make(folder / "original")
     outside = folder / "outside.json"
     outside.write_text("{}")
     draw = random.Random(seed)
@@ -213,6 +242,8 @@ def run(folder: Path, count: int, seed: int, verified: int) -> tuple[int, int]:
         full += converted and fully
         counts[not converted] += 1
         shutil.rmtree(work)
+        if number % 250 == 249:
+            print(f"{number + 1} of {count}", flush=True)
     return counts[0], counts[1]
 
 
@@ -221,5 +252,13 @@ def test_no_change_of_a_good_checkpoint_hurts(tmp_path, count, verified):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     converted, refused = run(tmp_path, count, seed=count, verified=verified)
     print(f"{converted} converted, {refused} refused")
+    assert converted > count // 20 and refused > count // 4
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < GIGABYTE
+
+
+@pytest.mark.parametrize("count", [80, pytest.param(1500, marks=pytest.mark.slow)])
+def test_no_change_of_a_good_adapter_hurts(tmp_path, count):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    converted, refused = run(tmp_path, count, seed=count, verified=0, make=adapters)
     assert converted > count // 20 and refused > count // 4
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < GIGABYTE
