@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -74,6 +75,7 @@ class Settings(VerifyAndUpdateConfig):
             ValueError: an option with which answers would not be exact.
         """
         _refuse_options(vllm_config)
+        _refuse_four_bits_in_float32(vllm_config.model_config)
         _choose_runner(vllm_config)
         _choose_parts(vllm_config)
         _make_room(vllm_config)
@@ -103,6 +105,19 @@ def _refuse_options(vllm_config: VllmConfig) -> None:
     }
     if named := [name for name, used in refused.items() if used]:
         raise ValueError(f"hrm-text-vllm cannot keep answers exact with {', '.join(named)}: leave it out.")
+
+
+def _refuse_four_bits_in_float32(model_config: ModelConfig) -> None:
+    """vLLM's product with 4-bit matrices on processors has no float32, and would end the first step."""
+    if not current_platform.is_cpu() or model_config.dtype is not torch.float32:
+        return
+    written = getattr(model_config.hf_config, "quantization_config", None) or {}
+    groups = written.get("config_groups", {}).values()
+    if any((group.get("weights") or {}).get("num_bits") == 4 for group in groups):
+        raise ValueError(
+            "vLLM has no product of float32 with matrices in 4 bits on processors: pass --dtype bfloat16, or serve a "
+            "folder in 8 bits (convert_weights.py --quantize w8a8)."
+        )
 
 
 def _choose_runner(vllm_config: VllmConfig) -> None:

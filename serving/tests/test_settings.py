@@ -92,6 +92,27 @@ def test_a_config_without_an_envelope(folder: Path) -> None:
     assert configured(folder, hf_overrides={"prefix_end_token_id": 7})
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matrices_in_four_bits_need_bfloat16(folder: Path, bits: int) -> None:
+    """vLLM's product with them on processors has no float32."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    change(
+        folder,
+        "config.json",
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    )
+    assert configured(folder, dtype="bfloat16")
+    if bits == 8:
+        assert configured(folder)
+        return
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        configured(folder)
+
+
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.1", "1.0"])
 def test_a_vllm_that_is_not_known(version: str) -> None:
     """HRM-Text is refused with a sentence; what another model needs is not touched."""
