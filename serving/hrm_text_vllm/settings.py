@@ -115,8 +115,8 @@ def _refuse_four_bits_in_float32(model_config: ModelConfig) -> None:
     groups = written.get("config_groups", {}).values()
     if any((group.get("weights") or {}).get("num_bits") == 4 for group in groups):
         raise ValueError(
-            "vLLM has no product of float32 with matrices in 4 bits on processors: pass --dtype bfloat16, or serve a "
-            "folder in 8 bits (convert_weights.py --quantize w8a8)."
+            "vLLM has no product of float32 with matrices in 4 bits on processors: pass --dtype bfloat16 or "
+            "float16, or serve a folder in 8 bits (convert_weights.py --quantize w8a8)."
         )
 
 

@@ -230,7 +230,7 @@ def measure_apart(folder: Path, column: str, engine: str) -> None:
         command = [sys.executable, "-m", "serving.measure.exactness", "--keep", str(folder)]
         command += ["--measure", json.dumps([column, engine, rows])]
         try:
-            subprocess.run(command, env=environment, cwd=ROOT, timeout=TIMEOUT)
+            subprocess.run(command, env=environment, cwd=ROOT, stdout=sys.stderr, timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             print(f"no end within {TIMEOUT} s", file=sys.stderr, flush=True)
         if left := figures.owed(column, engine):

@@ -2,8 +2,9 @@
 
 Clients ask questions and conversations of random length, stream and go away in the middle, send prompts that are too
 long and requests that are no requests. Every answer is compared with `generate` of the port; no request may wait for
-longer than its time-out; and the memory of all processes may not grow after the first minute. Ends with 1 where one
-of these is not so. Time in which this process was stopped does not count.
+longer than its time-out; and the memory of all processes may not grow after the first minute, once vLLM's caches of
+oneDNN's products are full. Ends with 1 where one of these is not so. Time in which this process was stopped does not
+count.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from .server import served
 TIMEOUT = 600.0
 TICK = 1.0
 GROWTH = 32 * 2**20
+# On processors vLLM keeps, for each matrix, oneDNN's products of the last 128 numbers of tokens in a step, and oneDNN
+# 1,024 more: the worker grows until so many numbers have come up, whichever model it serves.
+STEP_SIZES = 400
 MALFORMED: list[dict[str, Any]] = [
     {"messages": []},
     {"messages": [{"role": "assistant", "content": "hi"}]},
@@ -147,6 +151,20 @@ class Client(threading.Thread):
             self.tally.faults.append(f"{time.monotonic() - begun:.0f} s to refuse {json.dumps(body)[:80]}")
 
 
+def fill_caches(address: str) -> None:
+    """Computes prompts of many lengths one by one: the caches of products are full before memory is watched."""
+    draw = random.Random(0)
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=TIMEOUT, max_retries=0) as api:
+        for length in draw.sample(range(2, 2 * STEP_SIZES), STEP_SIZES):
+            prompt = [draw.randrange(40, 99) for _ in range(length)]
+            api.completions.create(model="hrm", prompt=prompt, max_tokens=1)
+
+
+def told(parts: dict[str, int]) -> str:
+    """Bytes of each part, to read."""
+    return ", ".join(f"{name} {own / 2**20:.0f} MB" for name, own in parts.items())
+
+
 def memory(process: psutil.Process) -> dict[str, int]:
     """Bytes that belong to a process alone, of the server and of each process below it, by name."""
     found: dict[str, int] = {}
@@ -155,7 +173,9 @@ def memory(process: psutil.Process) -> dict[str, int]:
             info, line = member.memory_info(), member.cmdline()
         except psutil.Error:
             continue
-        name = "engine" if line and "EngineCore" in line[0] else "server" if member == process else "others"
+        names = {"EngineCore": "engine", "Worker": "worker"}
+        named = [name for part, name in names.items() if line and part in line[0]]
+        name = "server" if member == process else named[0] if named else "others"
         found[name] = found.get(name, 0) + info.rss - info.shared
     return found
 
@@ -165,22 +185,25 @@ def soak(minutes: float, clients: int, log: Path) -> Tally:
     pool, tally, over = pool_of(Reference(ROOT), 48), Tally(), threading.Event()
     options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--block-size", "32")
     with served(ROOT, log, *options, "--num-gpu-blocks-override", "64") as (address, process_id):
+        process = psutil.Process(process_id)
+        print(f"at the start: {told(memory(process))}", flush=True)
+        fill_caches(address)
+        print(f"after steps of {STEP_SIZES} sizes: {told(memory(process))}", flush=True)
         threads = [Client(address, pool, seed, over, tally) for seed in range(clients)]
         for thread in threads:
             thread.start()
-        process, spent, told, first, last = psutil.Process(process_id), 0.0, 0.0, 0, 0
+        spent, reported, first, last = 0.0, 0.0, 0, 0
         while spent < 60 * minutes:
             before = time.monotonic()
             time.sleep(TICK)
             spent += min(time.monotonic() - before, 2 * TICK)
-            if spent - told < 10 and spent < 60 * minutes:
+            if spent - reported < 10 and spent < 60 * minutes:
                 continue
-            told, each = spent, memory(process)
+            reported, each = spent, memory(process)
             last = sum(each.values())
             first = max(first, last) if spent <= 72 else first
-            parts = ", ".join(f"{name} {own / 2**20:.0f} MB" for name, own in each.items())
             total = sum(tally.done.values())
-            print(f"{spent / 60:5.1f} min  {total} requests  {len(tally.faults)} faults  {parts}", flush=True)
+            print(f"{spent / 60:5.1f} min  {total} requests  {len(tally.faults)} faults  {told(each)}", flush=True)
         over.set()
         for thread in threads:
             thread.join(TIMEOUT + 10)

@@ -93,7 +93,7 @@ def test_a_config_without_an_envelope(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_matrices_in_four_bits_need_bfloat16(folder: Path, bits: int) -> None:
+def test_matrices_in_four_bits_need_two_bytes(folder: Path, bits: int) -> None:
     """vLLM's product with them on processors has no float32."""
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     change(
@@ -105,7 +105,7 @@ def test_matrices_in_four_bits_need_bfloat16(folder: Path, bits: int) -> None:
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         },
     )
-    assert configured(folder, dtype="bfloat16")
+    assert configured(folder, dtype="bfloat16") and configured(folder, dtype="float16")
     if bits == 8:
         assert configured(folder)
         return
