@@ -65,16 +65,14 @@ def test_eight_bits(reference: Reference, chats: list[list[int]], serve: Any, tm
     assert 1e-4 < worst_difference(reference, results) < 1.5
 
 
-@pytest.mark.parametrize(("scheme", "least", "worst"), [("w8a8", 15, 1.5), ("w4a16", 10, 4.0)])
-def test_folders_of_the_converter(
-    reference: Reference, chats: list[list[int]], serve: Any, tmp_path: Path, scheme: str, least: int, worst: float
-) -> None:
-    """They load, their embeddings and head quantized too, and answer nearly as in float32."""
+@pytest.mark.parametrize(("scheme", "dtype"), [("w8a8", "float32"), ("w4a16", "bfloat16")])
+def test_folders_of_the_converter(chats: list[list[int]], serve: Any, tmp_path: Path, scheme: str, dtype: str) -> None:
+    """They load, their embeddings and head quantized too, and answer nearly as the port answers from them."""
     convert(ROOT, tmp_path / "out", quantize=scheme, verification=False, progress=False)
-    with serve(tmp_path / "out") as llm:
+    port = Reference(tmp_path / "out")
+    with serve(tmp_path / "out", dtype=dtype) as llm:
         results = generate(llm, chats[:20])
-    same = [
-        list(result.outputs[0].token_ids) == reference.answer(list(result.prompt_token_ids), 48) for result in results
-    ]
-    assert sum(same) >= least
-    assert 1e-4 < worst_difference(reference, results) < worst
+    expected = port.answers([list(result.prompt_token_ids) for result in results], 48)
+    same = [list(result.outputs[0].token_ids) == answer for result, answer in zip(results, expected)]
+    assert sum(same) >= 17
+    assert 1e-4 < worst_difference(port, results) < 0.8
