@@ -67,9 +67,13 @@ class SafeChat:
             tokenize: whether ids are asked for, or the string.
             return_dict: as of the tokenizer; vLLM asks for plain ids.
             kwargs: further arguments; strings in those that the template sees are text too.
+
+        Raises:
+            ValueError: a condition that names a tag twice.
         """
         if self.init_kwargs.get("default_condition") and kwargs.get("condition") is None:
             kwargs["condition"] = self.init_kwargs["default_condition"]
+        _refuse_twice(kwargs.get("condition"))
         if not tokenize or return_dict:
             return super().apply_chat_template(
                 conversation, *args, tokenize=tokenize, return_dict=return_dict, **kwargs
@@ -103,6 +107,15 @@ class SafeChat:
             elif part:
                 ids += self._plain.encode(part.replace(mark, ""), add_special_tokens=False).ids
         return ids
+
+
+def _refuse_twice(condition: Any) -> None:
+    """Refuses a condition that names a tag twice, as the folder's own code does; the template sees to the rest."""
+    tags = condition.split(",") if isinstance(condition, str) else condition
+    if isinstance(tags, (list, tuple)) and all(isinstance(tag, str) for tag in tags):
+        named = [tag.strip() for tag in tags if tag.strip()]
+        if len(set(named)) < len(named):
+            raise ValueError(f"condition {','.join(named)!r} names a tag twice: name each once")
 
 
 class ChatTokenizer(CachedHfTokenizer):

@@ -126,6 +126,11 @@ def test_log_probabilities_and_several_choices(client: openai.OpenAI, reference:
             {"extra_body": {"chat_template_kwargs": {"condition": "x"}}},
             "known are",
         ),
+        (
+            [{"role": "user", "content": "hi"}],
+            {"extra_body": {"chat_template_kwargs": {"condition": "cot, cot"}}},
+            "names a tag twice",
+        ),
         ([{"role": "assistant", "content": "hi"}], {}, "alternate"),
         ([{"role": "user", "content": "hi"}] * 2, {}, "alternate"),
         ([], {}, ""),
