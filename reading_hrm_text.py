@@ -449,11 +449,15 @@ class _Reading:
                 before = types.cumsum(dim=1) == 0
                 types = torch.where(before & call.embedded[1] & types.any(dim=1, keepdim=True), 1, types)
             return types, False
-        # Tokens that were stated to be causal, and those that the model has generated, open no envelope.
-        ids = self._join("ids", new_ids).masked_fill(self._join("stated", ~self._ones()), -1)
+        # Tokens that were stated to be causal, and those that the model has generated, open no envelope. Of those that
+        # were stated to be in a block, the end of an envelope closes one that was inferred.
+        ids, stated = self._join("ids", new_ids), self._join("stated", ~self._ones())
+        in_block = self._join("types", torch.zeros_like(self._ones(), dtype=torch.int8)) > 0
+        closes = in_block & torch.isin(ids, ids.new_tensor(config.prefix_end))
+        ids = ids.masked_fill(stated & ~closes, -1)
         types, _ = infer_token_types(ids, *runs, self.real, self.sequence)
         unlike = (types > 0) != (self._join("types", self._new(types)) > 0)
-        unlike = unlike & self._is_cached() & ~self._join("stated", ~self._ones())
+        unlike = unlike & self._is_cached() & ~stated
         if self.real is not None:
             unlike = unlike & self.real
         if self.history is None or self.history.unseen > 0:

@@ -373,3 +373,20 @@ def test_several_rows_go_on_from_one(model, cache, more):
     answer = model.generate(ids, past_key_values=live, **call)
     torch.manual_seed(1)
     assert answer.tolist() == model.generate(ids, **call).tolist()
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name not in ("StaticCache", "QuantizedCache")])
+def test_a_stated_end_closes_an_inferred_envelope(model, cache):
+    """The end of an envelope is fed again with its type after a crop: what follows is not inside of it any more."""
+    ids = torch.tensor([[40, 6, 30, 7, 41, 42, 7]])
+    with torch.no_grad():
+        wanted = model(ids[:, :6], use_cache=False).logits[:, 4:]
+        live = CACHES[cache](model)
+        model(ids[:, :4], past_key_values=live, use_cache=True)
+        live.crop(-1)
+        model(ids[:, 3:4], token_type_ids=torch.ones(1, 1).long(), past_key_values=live, use_cache=True)
+        logits = model(ids[:, 4:6], past_key_values=live, use_cache=True).logits
+        assert (logits - wanted).abs().max() < TOLERANCE
+        # A further end closes nothing: it is a token like others.
+        last = model(ids[:, 6:], past_key_values=live, use_cache=True).logits
+        assert (last - model(ids, use_cache=False).logits[:, 6:]).abs().max() < TOLERANCE

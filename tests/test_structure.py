@@ -43,7 +43,7 @@ ARROWS = {
 MOST_LINES = 560
 LONGER = {
     "modeling": (920, "the whole network, from a layer to the heads, is read in one file"),
-    "reading": (700, "every refusal stands beside the question that it answers"),
+    "reading": (730, "every refusal stands beside the question that it answers"),
     "tokenization": (600, "conditions, envelope, types, chats and tools are one tokenizer's"),
     "inference": (650, "an arena, its captured steps and what switches them on share their state"),
 }
