@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .cache_hrm_text import Facts, History, HrmTextCache, rows_of
 from .layout_hrm_text import PromptLayout, StepLayout, choose_cuts, find_sequences, last_true
 from .reading_hrm_text import (
+    INFERRED_BLOCK_AGAIN,
     Call,
     follow_changes,
     infers_blocks,
@@ -143,7 +144,10 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
                 # What is read again stays where it was.
                 positions = _continued_positions(cache, past, given - past, mask)
                 if types is not None and types.shape[1] < given:
-                    types = torch.cat([_stated_types(History.of(cache).facts(border, past)).to(types), types], dim=1)
+                    known = History.of(cache).facts(border, past)
+                    if not bool((known.stated | ~known.real).all()):
+                        raise ValueError(INFERRED_BLOCK_AGAIN)
+                    types = torch.cat([known.types.to(types), types], dim=1)
                 cache.crop(border - past)
                 past = border
         new = given - past if whole else given
@@ -525,16 +529,6 @@ def _refuse_other_types(types: torch.Tensor, cache: Any, past: int, total: int) 
             f"`token_type_ids` contradict the types with which the {past} cached tokens were read: a prefix block "
             "that is wholly or partly in the cache cannot be changed. Pass a cache that ends before it, or none."
         )
-
-
-def _stated_types(known: Facts) -> torch.Tensor:
-    """The types of cached tokens that are read again, beside types that were given for what follows."""
-    if bool((known.real & ~known.stated).any()):
-        raise ValueError(
-            "the cache was cropped inside a prefix block that was inferred, which is read again now, and "
-            "`token_type_ids` cover only what follows: give them for the whole conversation, or not at all."
-        )
-    return known.types
 
 
 def _checked_positions(position_ids: torch.Tensor, given: int, total: int, mask: torch.Tensor | None) -> torch.Tensor:

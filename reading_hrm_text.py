@@ -71,6 +71,10 @@ SPLIT_ENVELOPE = (
     "prefix block was read causally: pass the whole envelope in one call, or `token_type_ids` of zeros to read it "
     "causally throughout."
 )
+INFERRED_BLOCK_AGAIN = (
+    "the cache was cropped inside a prefix block that was inferred, which is read again now, and `token_type_ids` "
+    "cover only what follows: give them for the whole conversation, or not at all."
+)
 FOREIGN_CACHE = (
     "the cache does not hold what this model wrote to it, or the model cannot tell: its rows or positions were "
     "replaced, another model wrote to it, or its keys are quantized and its rows differ. Start with a new cache, "
@@ -692,6 +696,7 @@ def warn_nothing_says_what_is_prompt() -> None:
 
 
 __all__ = [
+    "INFERRED_BLOCK_AGAIN",
     "Call",
     "follow_changes",
     "infers_blocks",

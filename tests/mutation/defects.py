@@ -116,8 +116,8 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     Defect(
         "reading_hrm_text.py",
-        'ids = self._join("ids", new_ids).masked_fill(self._join("stated", ~self._ones()), -1)',
-        'ids = self._join("ids", new_ids).masked_fill(self._is_cached(), -1)',
+        "ids = ids.masked_fill(stated & ~closes, -1)",
+        "ids = ids.masked_fill(self._is_cached(), -1)",
         "an open envelope is forgotten over a call",
     ),
     Defect(
