@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion.errors import ConversionError
 from convert_weights import convert, main
+from training.sft import adapted_in_L
 
 from .tiny import tiny_config, tiny_model
 
@@ -88,9 +89,14 @@ def test_an_adapter_of_the_librarys_class_does_the_same_on_ours(tmp_path, target
     torch.testing.assert_close(logits(ours.merge_and_unload()), wanted, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("targets", [FUSED, ["gate_up_proj"], "all-linear"])
-def test_an_adapter_of_ours_does_the_same_on_the_librarys_class(tmp_path, targets):
-    wanted = adapt(tiny_model(**FIELDS), targets, tmp_path / "fused")
+@pytest.mark.parametrize(
+    ("targets", "divided"), [(FUSED, False), (["gate_up_proj"], False), ("all-linear", False), (FUSED, True)]
+)
+def test_an_adapter_of_ours_does_the_same_on_the_librarys_class(tmp_path, targets, divided):
+    model = tiny_model(**FIELDS)
+    # As `training.sft --lora` makes them.
+    fields = {"alpha_pattern": dict.fromkeys(adapted_in_L(model, targets), 4.5)} if divided else {}
+    wanted = adapt(model, targets, tmp_path / "fused", **fields)
     convert(tmp_path / "fused", tmp_path / "split", layout="split")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from training import lora_study
-from training.lora_study import CASES, FULL, SCALED, TASKS_TAUGHT, WITH_HEAD, main, measure, old_skills, rows
+from training.lora_study import CASES, FULL, SCALED, TASKS_TAUGHT, WITH_HEAD, main, measure, old_skills, rows, table
 
 from .tiny import ROOT
 
@@ -42,6 +42,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert {**again[1], "seconds": 0} == {**json.loads(first[1]), "seconds": 0}
     assert "| hard | lora r16 alpha 128, lr 0.001 | 1 |" in capsys.readouterr().out
     assert (tmp_path / "hard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_the_table_of_the_runs():
+    file = ROOT / "training" / "lora_run" / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert table(results) in (ROOT / "training" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -299,7 +299,13 @@ def test_an_adapter_on_the_output_head(folder, data, tmp_path):
     assert main(command(folder, data, tmp_path, *options, "--learning-rate", "1e-2")) == 0
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert all("lora_" in name for name in stored) and any("lm_head" in name for name in stored)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 32
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 64
+    # An adapter of the L stack acts L_cycles times where one of the H stack acts once.
+    cycles = load(folder).config.L_cycles
+    assert cycles > 1 and config["alpha_pattern"]
+    for name, alpha in config["alpha_pattern"].items():
+        assert "L_module" in name and name.endswith("o_proj") and alpha == pytest.approx(64 / cycles)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 

@@ -85,7 +85,7 @@ class Case:
         stack: "H" or "L" for one stack alone.
         kind: "lora", "rslora" or "dora".
         gradient_steps: module calls that carry gradient, from the first step on.
-        divided: whether alpha is divided, in each stack, by the passes that it makes for a token.
+        divided: whether alpha is divided by L_cycles in the L stack, which acts so many times where H acts once.
     """
 
     rank: int = 16
@@ -105,36 +105,44 @@ class Case:
         parts += [f"{self.stack} stack"] if self.stack else []
         parts += ["+".join(self.targets)] if self.targets != ALL else []
         parts += [f"{self.gradient_steps} gradient steps"] if self.gradient_steps != 5 else []
-        parts += ["divided by passes"] if self.divided else []
+        parts += ["divided in L"] if self.divided else []
         return ", ".join(parts)
 
 
 FULL = Case(rank=0, rate=1e-3)
 SCALED = Case(alpha=128, rate=1e-3)
+DIVIDED = Case(alpha=256, rate=1e-3, divided=True)  # what `--lora` does
 COMMON = (FULL, Case(), SCALED)
 WITH_HEAD = replace(SCALED, targets=(*ALL, "lm_head"))
+DIVIDED_WITH_HEAD = replace(DIVIDED, targets=(*ALL, "lm_head"))
 # All seeds of a group come before the next one, and what the defaults rest on comes first.
 CASES: tuple[tuple[tuple[str, Case], ...], ...] = (
     (
-        *(("format", case) for case in (*COMMON, WITH_HEAD)),
         *(("hard", case) for case in COMMON),
-        ("hard", Case(rank=64, alpha=512, rate=1e-3)),
+        ("hard", DIVIDED),
         ("hard", replace(SCALED, stack="H")),
-        ("hard", Case(alpha=128)),
+    ),
+    (
+        ("format", DIVIDED_WITH_HEAD),
+        ("easy", DIVIDED),
+        ("hard", replace(DIVIDED, alpha=128)),
+        ("hard", Case(alpha=256, rate=1e-3)),
+        ("hard", Case(rank=64, alpha=32, rate=1e-3, kind="rslora")),
+        ("hard", Case(rank=64, alpha=512, rate=1e-3)),
+        ("hard", Case(rate=1e-2)),
+        ("hard", replace(SCALED, kind="dora")),
+        *(("format", case) for case in (SCALED, WITH_HEAD, FULL, Case())),
+        *(("easy", case) for case in COMMON),
     ),
     (
         *(("hard", replace(SCALED, gradient_steps=steps)) for steps in (2, 8)),
         ("hard", replace(SCALED, stack="L")),
         ("hard", replace(SCALED, targets=("gqkv_proj", "o_proj"))),
-        ("hard", Case(rate=1e-2)),
-        *(("easy", case) for case in COMMON),
-        ("hard", replace(SCALED, alpha=512, divided=True)),
-        ("hard", replace(SCALED, kind="dora")),
     ),
     (
-        ("hard", Case(rank=64, alpha=32, rate=1e-3, kind="rslora")),
-        ("format", replace(SCALED, targets=(*ALL, "lm_head", "embed_tokens"))),
         ("hard", WITH_HEAD),
+        ("format", replace(SCALED, targets=(*ALL, "lm_head", "embed_tokens"))),
+        ("hard", Case(alpha=128)),
         ("hard", Case(rank=0, rate=3e-3)),
         ("hard", Case(rank=64, alpha=64)),
         ("hard", Case(alpha=128, rate=1e-2)),
@@ -167,13 +175,11 @@ def prepare(case: Case) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     names = "|".join(re.escape(name) for name in case.targets)
-    passes = {"L": model.config.H_cycles * model.config.L_cycles, "H": model.config.H_cycles}
-    pattern = {f"{stack}_module": case.alpha / count for stack, count in passes.items()} if case.divided else {}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=case.rank,
         lora_alpha=case.alpha,
-        alpha_pattern={rf".*{stack}.*": alpha for stack, alpha in pattern.items()},
+        alpha_pattern={r".*L_module.*": case.alpha / model.config.L_cycles} if case.divided else {},
         target_modules=rf".*{case.stack}_module\..*({names})" if case.stack else rf".*({names})",
         use_rslora=case.kind == "rslora",
         use_dora=case.kind == "dora",
@@ -231,12 +237,16 @@ def measure(task: str, case: Case, seed: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds in Markdown, with the lowest and the highest of what was learned."""
+    """Means over the seeds in Markdown, in the order of `CASES`; of what was learned, the lowest and highest too."""
+    tasks = list(TASKS_TAUGHT)
+    asked = [(task, case.name()) for group in CASES for task, case in group]
+    order = {key: (tasks.index(key[0]), place) for place, key in enumerate(asked)}
     lines = [
         "| task | trained how | seeds | learned | lowest to highest | kept |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for key in dict.fromkeys((line["task"], line["case"]) for line in results):
+    done = dict.fromkeys((line["task"], line["case"]) for line in results)
+    for key in sorted(done, key=lambda key: order.get(key, (len(tasks), 0))):
         runs = [line for line in results if (line["task"], line["case"]) == key]
         learned = [run["learned"] for run in runs]
         lines.append(

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Every linear layer of both stacks. gate, q, k and v lie in one matrix, as do gate and up of the MLP.
 LORA_TARGETS = ("gqkv_proj", "o_proj", "gate_up_proj", "down_proj")
 # Scale of the adapters by their rank: `lora_study.py` says why.
-LORA_ALPHA_OF_RANK = 8
+LORA_ALPHA_OF_RANK = 16
 WORK = "training"
 OPTIONS_FILE = "options.json"
 
@@ -77,15 +78,26 @@ def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, torch.dtype
     linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     if unknown := [name for name in options.lora_targets if name.rsplit(".", 1)[-1] not in linear]:
         raise ValueError(f"--lora-targets {' '.join(unknown)}: the linear layers are {', '.join(sorted(linear))}")
+    alpha = options.lora_alpha or LORA_ALPHA_OF_RANK * options.lora
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora,
-        lora_alpha=options.lora_alpha or LORA_ALPHA_OF_RANK * options.lora,
+        lora_alpha=alpha,
+        # An adapter of the L stack acts L_cycles times where one of the H stack acts once.
+        alpha_pattern=dict.fromkeys(adapted_in_L(model, options.lora_targets), alpha / model.config.L_cycles),
         target_modules=list(options.lora_targets),
     )
     if not options.bf16:
         model = model.float()
     return get_peft_model(model, adapters), tokenizer, stored
+
+
+def adapted_in_L(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers of the L stack that get an adapter."""
+    linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+    return [
+        name for name in linear if ".L_module." in name and any(f".{name}".endswith(f".{each}") for each in targets)
+    ]
 
 
 def read_examples(
@@ -355,7 +367,11 @@ answers may have `tool_calls` and `tool` messages follow. A field that is unknow
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--bf16", action="store_true", help="compute in bfloat16; full training keeps float32 weights")
     add("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters of this rank in place of all weights")
-    add("--lora-alpha", type=float, help=f"scale of the adapters (default: {LORA_ALPHA_OF_RANK} ranks)")
+    add(
+        "--lora-alpha",
+        type=float,
+        help=f"scale of the adapters (default: {LORA_ALPHA_OF_RANK} ranks); the L stack's is divided by L_cycles",
+    )
     add(
         "--lora-targets",
         nargs="+",
