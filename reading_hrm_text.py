@@ -83,9 +83,8 @@ FOREIGN_CACHE = (
 )
 
 BEHIND_UNSEEN = (
-    "a packed sequence begins in this call behind cached keys that no tokens of this model wrote (an adapter's "
-    "virtual tokens), and would not see them: give each sequence a row of its own (in TRL, without `packing` and "
-    "`padding_free`)."
+    "a packed sequence begins in this call behind keys that this model did not write (an adapter's virtual tokens), "
+    "and would not see them: give each sequence a row of its own (in TRL, without `packing` and `padding_free`)."
 )
 
 UNEVEN_CACHE = (
@@ -426,8 +425,7 @@ class _Reading:
             return
         # Virtual tokens shift all positions: a sequence that counts from 0 does not count on them.
         begun = self._new(self.sequence) > 0
-        counts_from_0 = (begun & (self.position_ids < unseen)).any()
-        self.refusals.append((begun.any() & ~counts_from_0, BEHIND_UNSEEN))
+        self.refusals.append((begun.any() & ~(begun & (self.position_ids < unseen)).any(), BEHIND_UNSEEN))
 
     def _types(self) -> tuple[torch.Tensor | None, bool]:
         """Types of the new tokens, int64 [batch, count] of 0, 1 and 2, or None where all are causal; and whether they
