@@ -142,7 +142,7 @@ def _ids(folder: Path, names: tuple[str, ...], settings: dict[str, Any], vocabul
         elif "vocab.json" in names:
             everything = list(read_json(folder, "vocab.json").values())
         elif "vocab.txt" in names:
-            everything = list(range(len(read_text(folder, "vocab.txt").splitlines())))
+            everything = list(range(read_text(folder, "vocab.txt").rstrip("\n").count("\n") + 1))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error!r}): pass another") from None
     for token, index in [*added.items(), *(("", index) for index in everything)]:
