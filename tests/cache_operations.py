@@ -67,6 +67,8 @@ class State:
         kind: its class, as in `CACHES`.
         foreign: whether its keys were taken from elsewhere, so that no facts came with them.
         foreign_length: how many; a crop inside of them, before a call, would leave nothing that could tell of it.
+        restated: whether a cropped conversation was read again with types for all of it, so that what had been
+            inferred of its beginning may be stated now.
         counts: of calls answered and refused, and of those that a sane caller makes on a cache that remembers.
         log: what was done, a line for each operation.
     """
@@ -77,6 +79,7 @@ class State:
     rows: list[Row]
     foreign: bool = False
     foreign_length: int = 0
+    restated: bool = False
     counts: Counter = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
 
@@ -250,7 +253,7 @@ def do_infer(state: State, rng: random.Random) -> None:
     )
     cut = any(row.lost for row in state.rows)
     # Nobody can know of an envelope in keys that came from elsewhere.
-    must_refuse = closes and not state.foreign
+    must_refuse = closes and not state.foreign and not state.restated
     call_forward(state, new, sane=not closes and not cut, must_refuse=must_refuse, token_type_ids=None)
 
 
@@ -306,6 +309,7 @@ def do_generate(state: State, rng: random.Random) -> None:
     state.counts["answered"] += 1
     state.live = output.past_key_values
     state.rows = [Row(row[:-1]) for row in final]
+    state.restated = state.restated or (cut and whole and types is given)
     if state.held() != state.length:
         raise Wrong(f"the cache holds {state.held()} positions and not {state.length}")
 
@@ -407,7 +411,7 @@ def do_reset(state: State, rng: random.Random) -> None:
         return  # the library's reset leaves the quantized positions where they are
     state.live.reset()
     count = len(state.rows) if state.kind == "StaticCache" else rng.randint(1, 3)
-    state.rows, state.foreign = [Row() for _ in range(count)], False
+    state.rows, state.foreign, state.restated = [Row() for _ in range(count)], False, False
 
 
 def do_switch(state: State, rng: random.Random) -> None:
