@@ -327,3 +327,40 @@ def test_regenerating_after_a_repeat(model):
     for seed in range(3):
         feed(model, live, rows, [row_of((0, 3), seed=seed), row_of((0, 3), seed=seed + 5)])
         live, _ = cropped(live, [[*row, *row[:3]] for row in rows], len(rows[0]))
+
+
+def ids_that_are_remembered(live) -> list[list[int]]:
+    return live.history.facts(0, live.get_seq_length()).ids.tolist()
+
+
+def test_the_history_moves_with_the_rows_and_goes_with_them(model):
+    """Calls would be right without it, since rows are found again by their marks, but each would search for them."""
+    live = start(model, "HrmTextCache", PASTS["blocks"])
+    ids = ids_that_are_remembered(live)
+    live.reorder_cache(torch.tensor([2, 0, 0]))
+    assert ids_that_are_remembered(live) == [ids[2], ids[0], ids[0]]
+    live.batch_select_indices(torch.tensor([True, False, True]))
+    assert ids_that_are_remembered(live) == [ids[2], ids[0]]
+    live.batch_repeat_interleave(2)
+    assert ids_that_are_remembered(live) == [ids[2], ids[2], ids[0], ids[0]]
+    live.reset()
+    assert live.history is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("floats", [False, True])
+def test_padding_that_sees_nothing_under_a_mask_of_the_callers(backend, floats):
+    """What it computes must stay finite: a hidden value that is not would reach the real tokens all the same."""
+    model = facts_model()
+    model.set_attn_implementation(backend)
+    ids = torch.tensor([[0, 0, 20, 21, 22]])
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()
+    visible[:2], visible[:, :2] = False, False
+    mask = visible[None, None]
+    if floats:
+        mask = torch.zeros(1, 1, 5, 5).masked_fill(~mask, float("-inf"))
+    positions = torch.tensor([[0, 0, 0, 1, 2]])
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
+        wanted = model(ids[:, 2:], token_type_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
+    assert (logits - wanted).abs().max() < 1e-4
