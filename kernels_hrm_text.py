@@ -391,7 +391,7 @@ def measure_rows(products: Sequence[tuple[Callable[[torch.Tensor], Any], torch.S
 
 # Below this many keys there is little to gain.
 _LEAST_KEYS = 32
-# From here on, the ratios no longer change.
+# From here on, the ratios no longer change, and copies in float32 would fill the memory rather than the caches.
 _MOST_TIMED_KEYS = 4096
 # How much faster a way has to be than the stock kernel, which also keeps the choice the same from run to run. Products
 # in the cache's dtype round the scores to it, which the other two do not: they have to be worth it.
@@ -462,7 +462,7 @@ def attention_of_one_query(query: torch.Tensor, key: torch.Tensor) -> QueryAtten
     """The function that is to serve this call instead of the stock kernel, if one is."""
     if query.shape[2] != 1 or key.shape[2] < _LEAST_KEYS or query.dtype is not torch.bfloat16:
         return None
-    if not serves(query) or type(key) is not torch.Tensor or _records(query, key):
+    if not serves(query) or type(key) is not torch.Tensor or _records(query, key) or torch.is_autocast_enabled("cpu"):
         return None
     # What counts is how much is read, whether many rows or long ones.
     keys = max(_LEAST_KEYS, key.shape[0] * key.shape[1] * key.shape[2] // _TIMED_HEADS)
@@ -497,10 +497,12 @@ def fastest_attention(head_dim: int, threads: int, keys: int) -> QueryAttention 
         shape = (1, _TIMED_HEADS, keys, head_dim)
         room = torch.ones(max(2 * _TIMED_QUERIES, _COLD_ELEMENTS // math.prod(shape)), *shape, dtype=torch.bfloat16)
         storages = itertools.cycle(room)
-        ways = (stock, wide_single_query_attention, single_query_attention)
+        ways = {stock: 1.0, single_query_attention: _PRODUCTS_MARGIN}
+        if keys < _MOST_TIMED_KEYS:
+            ways[wide_single_query_attention] = _WIDE_MARGIN
         seconds = least_seconds([functools.partial(run, way) for way in ways], times=_TIMED_QUERY_RUNS)
-    best = min(seconds[0], seconds[1] * _WIDE_MARGIN, seconds[2] * _PRODUCTS_MARGIN)
-    return None if best == seconds[0] else ways[1] if best == seconds[1] * _WIDE_MARGIN else ways[2]
+    best = min(zip(ways, seconds), key=lambda pair: pair[1] * ways[pair[0]])[0]
+    return None if best is stock else best
 
 
 __all__ = [

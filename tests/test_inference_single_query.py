@@ -85,6 +85,20 @@ def test_the_choice_is_measured_once(module):
     assert module.fastest_attention.cache_info().hits
 
 
+def test_large_caches_are_not_copied(module, monkeypatch):
+    """From 4096 keys on, whatever is measured: the room of the copies would hold memory for as long as the thread."""
+    monkeypatch.setattr(module, "least_seconds", lambda runs, times: [3.0, 2.0, 1.0][: len(runs)])
+    choose = module.fastest_attention.__wrapped__
+    assert choose(16, 1, 2048) is module.wide_single_query_attention
+    assert choose(16, 1, 4096) is module.single_query_attention
+
+
+def test_autocast_is_left_to_the_stock_kernel(module):
+    query, key, _ = drawn(1, 600, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.attention_of_one_query(query, key) is None
+
+
 def test_many_rows_count_as_many_keys(module, monkeypatch):
     """The copies of float32 pay for as long as they fit into the caches, whichever way they are long."""
     asked = []
