@@ -347,6 +347,14 @@ def test_the_history_moves_with_the_rows_and_goes_with_them(model):
     assert live.history is None
 
 
+def test_the_history_of_a_cache_of_the_library_moves_with_its_beams(model):
+    live = start(model, "DynamicCache", PASTS["blocks"])
+    history = live._hrm_text_history
+    ids = history.facts(0, 8).ids.tolist()
+    model._reorder_cache(live, torch.tensor([1, 1, 0]))
+    assert history.facts(0, 8).ids.tolist() == [ids[1], ids[1], ids[0]]
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("floats", [False, True])
 def test_padding_that_sees_nothing_under_a_mask_of_the_callers(backend, floats):
