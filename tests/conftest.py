@@ -25,3 +25,15 @@ def _fresh():
 
     torch.manual_seed(0)
     getattr(logging.warning_once, "cache_clear", lambda: None)()
+
+
+@pytest.fixture(autouse=True)
+def _fast_kernels_are_on(request):
+    """Tests of the fast kernels run with them, also where `HRM_TEXT_KERNELS=0` switches them off for all others."""
+    if not request.path.name.startswith(("test_kernels", "test_inference", "test_decoding")):
+        yield
+        return
+    from .tiny import load_class
+
+    with load_class("modeling_hrm_text.HrmTextForCausalLM").use_fast_kernels(True):
+        yield
