@@ -106,8 +106,11 @@ def test_an_empty_condition_is_none_and_an_absent_one_the_default(tokenizer):
         ({"prompt": "<|im_start|>a<|im_end|>", "completion": "b"}, r"has its envelope already"),
         ({"instruction": "<|im_start|>a<|im_end|>", "response": "b"}, r"has its envelope already"),
         ({"prompt": "a", "completion": "b<|box_end|>"}, r"has its end token already"),
-        ({"messages": [USER, {**ANSWER, "role": "asistant"}]}, r"`role` is 'asistant'.*nearest known is `assistant`"),
-        ({"messages": [USER, {"content": "b"}]}, r"`role` is None in `messages`"),
+        (
+            {"messages": [USER, {**ANSWER, "role": "asistant"}]},
+            r"Unknown role 'asistant'.*nearest known is `assistant`",
+        ),
+        ({"messages": [USER, {"content": "b"}]}, r"Unknown role None in `messages`"),
         ({"conversations": [{"from": ["human"], "value": "a"}]}, r"`from` is \['human'\]"),
         ({"instruction": "a", "output": 5}, r"`output` is a int and must be a string"),
         ({**SAME[0], "tools": 5}, r"`tools` is a int and must be a list"),

@@ -202,7 +202,7 @@ def _messages(value: Any, field: str) -> list[dict[str, Any]]:
         _known_fields(message, TOOL_FIELDS if role == "tool" else MESSAGE_FIELDS, field)
         if role not in ROLES:
             near = _nearest(str(role), ROLES)
-            raise ValueError(f"`role` is {role!r} in `{field}`{near}: known are {', '.join(ROLES)}")
+            raise ValueError(f"Unknown role {role!r} in `{field}`{near}: known are {', '.join(ROLES)}")
     return messages
 
 
@@ -228,7 +228,8 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _exchange(text: str, answer: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith("<|im_start|>"):
         raise ValueError("the prompt has its envelope already: give the text alone, which is put into one here")
-    if answer.rstrip().endswith("<|box_end|>"):
+    # Alone, it is a text like others.
+    if answer.strip().removesuffix("<|box_end|>") not in (answer.strip(), ""):
         raise ValueError("the response has its end token already: give the text alone, which is ended here")
     return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
