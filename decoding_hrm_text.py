@@ -8,20 +8,23 @@ once for a stack, and then runs its layers in one function, by the formulas of `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .attention_hrm_text import AttentionPlan
 from .cache_hrm_text import GrowingLayer, HrmTextCache
-from .kernels_hrm_text import attention_of_one_query, fused_norm, fused_swiglu, has_own_call, linear, serves
+from .kernels_hrm_text import fused_norm, fused_swiglu, has_own_call, linear, serves
 from .packed_hrm_text import packed_product
 
 
+Attend = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
+
+
 def one_token_through(
-    layers: nn.ModuleList, x: torch.Tensor, plan: AttentionPlan, cache: Any, cycle_offset: int
+    layers: nn.ModuleList, x: torch.Tensor, plan: AttentionPlan, cache: Any, cycle_offset: int, attend: Attend
 ) -> torch.Tensor | None:
     """What the layers make of one token, or None where they have to be called one by one.
 
@@ -31,6 +34,7 @@ def one_token_through(
         plan: of the forward pass.
         cache: holds the token afterwards.
         cycle_offset: the cache slot of the first layer.
+        attend: of `attention_hrm_text.py`, as the layers call it.
 
     Returns:
         [1, 1, hidden], before the norm at the exit.
@@ -51,15 +55,14 @@ def one_token_through(
         new = key[None, :, None], gqkv[3][None, :, None]
         # The first slot makes room for all where there is none.
         keys, values = cache.update(*new, cycle_offset) if i == 0 else slot.update(*new)
-        output = _attend(query[None, :, None], keys, values, attn.scaling)
-        gated = gqkv[0].sigmoid().mul_(output.view_as(query)).view(1, -1)
-        row = row + _multiply(attn.o_proj, gated)
+        output, _ = attend(plan, query[None, :, None], keys, values, gqkv[0][None, None], attn.scaling)
+        row = row + _multiply(attn.o_proj, output.reshape(1, -1))
         row = row + _multiply(mlp.down_proj, fused_swiglu(_multiply(mlp.gate_up_proj, fused_norm(row, layer.eps))))
     return row.view(x.shape)
 
 
 def _sees_all(plan: AttentionPlan) -> bool:
-    """Whether the one query sees every key of the cache, by a backend that this room has the formula of."""
+    """Whether the one query sees every key of the cache, and nobody asks for the weights."""
     if plan.backend != "sdpa" or plan.is_causal or plan.mask is not None or plan.block_queries is not None:
         return False
     others = (plan.key_length, plan.products, plan.cache_kwargs, plan.weights)
@@ -81,14 +84,6 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """x [2, heads, head_dim]; cos twice, and -sin and sin, each float32 [head_dim]."""
     wide = x.float()
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
-
-
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-    """query [1, heads, 1, head_dim], keys and values [1, heads, keys, head_dim] -> as query."""
-    attention = attention_of_one_query(query, keys)
-    if attention is None:
-        return F.scaled_dot_product_attention(query, keys, values, scale=scaling)
-    return attention(query, keys, values, None, scaling)
 
 
 __all__ = ["one_token_through"]

@@ -315,7 +315,7 @@ class HrmTextStack(nn.Module):
             mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
             return self._call_each(hidden_states, mask, embeddings_of(plan.rotary), note)
         if note is None and not compiles_layers() and all(map(_has_formulas_of_this_room, self.layers)):
-            output = one_token_through(self.layers, hidden_states, plan, cache, cycle_offset)
+            output = one_token_through(self.layers, hidden_states, plan, cache, cycle_offset, attend)
             if output is not None:
                 return norm(output, self.eps)
         for i, layer in enumerate(self.layers):
