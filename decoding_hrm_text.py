@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention_hrm_text import AttentionPlan
 from .cache_hrm_text import GrowingLayer, HrmTextCache
-from .kernels_hrm_text import fused_norm, fused_swiglu, has_own_call, linear, serves
+from .kernels_hrm_text import fused_norm, fused_swiglu, has_own_call, linear, rotate_differentiably, serves
 from .packed_hrm_text import packed_product
 
 
@@ -51,7 +51,7 @@ def one_token_through(
         attn, mlp = layer.attn, layer.mlp
         # [4, heads, head_dim]: gate, query, key, value
         gqkv = _multiply(attn.gqkv_proj, fused_norm(row, layer.eps)).view(4, -1, attn.head_dim)
-        query, key = _rotate(gqkv[1:3], *cos_sin)
+        query, key = rotate_differentiably(gqkv[1:3], cos_sin)
         new = key[None, :, None], gqkv[3][None, :, None]
         # The first slot makes room for all where there is none.
         keys, values = cache.update(*new, cycle_offset) if i == 0 else slot.update(*new)
@@ -78,12 +78,6 @@ def _multiply(module: nn.Module, row: torch.Tensor) -> torch.Tensor:
     """[1, in] -> [1, out]"""
     output = packed_product(module, row)
     return linear(module, row[None])[0] if output is None else output
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [2, heads, head_dim]; cos twice, and -sin and sin, each float32 [head_dim]."""
-    wide = x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 __all__ = ["one_token_through"]

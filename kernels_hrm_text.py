@@ -189,13 +189,14 @@ def fused_split_and_rotate(
 def _rotate(x: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
     """[batch, tokens, kinds, heads, head_dim] -> the same shape."""
     if x.shape[1] == 1 or x.device.type != "cpu":
-        return _rotate_differentiably(x, tables)
+        return rotate_differentiably(x, tables)
     rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
     _rotate_into(rotated, x, tables)
     return rotated
 
 
-def _rotate_differentiably(x: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+def rotate_differentiably(x: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+    """x [..., head_dim] by tables that broadcast to it: cos twice, and -sin and sin, each float32."""
     wide = x.float()
     return torch.addcmul(wide * tables[0], wide.roll(x.shape[-1] // 2, dims=-1), tables[1]).to(x.dtype)
 
@@ -230,7 +231,7 @@ class _SplitAndRotate(torch.autograd.Function):
         parts = (gate, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         gate, query, key, value = (part[:, :, None] for part in parts)
         if gate.device.type != "cpu" or not all(_may_write(part) for part in parts):
-            rotated = (_rotate_differentiably(part, back) for part in (query, key))
+            rotated = (rotate_differentiably(part, back) for part in (query, key))
             return torch.cat((gate, *rotated, value), dim=2), None, None
         batch, tokens, _, heads, width = gate.shape
         gradient = gate.new_empty((batch, tokens, 4, heads, width))
@@ -517,6 +518,7 @@ __all__ = [
     "least_seconds",
     "linear",
     "measure_rows",
+    "rotate_differentiably",
     "rows_to_multiply",
     "saves_memory",
     "serves",

@@ -125,11 +125,8 @@ def split_digits(
     else:
         size = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=_TINY).div_(steps)
         scaled = x * size.reciprocal()
-    if count <= digits * rows:
-        count = digits * rows
-        numbers = torch.empty((count, x.shape[1]), dtype=torch.uint8)
-    else:
-        numbers = torch.zeros((count, x.shape[1]), dtype=torch.uint8)
+    make = torch.zeros if count > digits * rows else torch.empty
+    numbers = make((max(count, digits * rows), x.shape[1]), dtype=torch.uint8)
     first = numbers[:rows]
     if digits == 1:
         first.copy_(scaled.add_(_TO_NEAREST))
