@@ -194,10 +194,14 @@ class HrmTextCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends new positions to one slot; see `GrowingLayer.update`."""
+        self.make_room(layer_idx, key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def make_room(self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes room for new positions in a slot and, where it had too little, in those behind it."""
         if layer_idx < len(self.layers) and self.layers[layer_idx].make_room(key_states, value_states):
             for layer in self.layers[layer_idx + 1 :]:
                 layer.make_room(key_states, value_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int | None = None, *, max_length: int | None = None) -> None:
         """Removes positions from the end; see `GrowingLayer.crop`."""

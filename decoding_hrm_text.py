@@ -16,6 +16,7 @@ from torch import nn
 
 from .attention_hrm_text import AttentionPlan
 from .cache_hrm_text import GrowingLayer, HrmTextCache
+from .compiled_hrm_text import compiled_product, compiled_token_through
 from .kernels_hrm_text import fused_norm, fused_swiglu, has_own_call, linear, rotate_differentiably, serves
 from .packed_hrm_text import packed_product
 
@@ -24,7 +25,13 @@ Attend = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 
 
 def one_token_through(
-    layers: nn.ModuleList, x: torch.Tensor, plan: AttentionPlan, cache: Any, cycle_offset: int, attend: Attend
+    layers: nn.ModuleList,
+    x: torch.Tensor,
+    plan: AttentionPlan,
+    cache: Any,
+    cycle_offset: int,
+    attend: Attend,
+    compiled: bool = False,
 ) -> torch.Tensor | None:
     """What the layers make of one token, or None where they have to be called one by one.
 
@@ -35,6 +42,7 @@ def one_token_through(
         cache: holds the token afterwards.
         cycle_offset: the cache slot of the first layer.
         attend: of `attention_hrm_text.py`, as the layers call it.
+        compiled: whether to take the layers of `compiled_hrm_text.py` where they serve.
 
     Returns:
         [1, 1, hidden], before the norm at the exit.
@@ -47,6 +55,9 @@ def one_token_through(
     if any(map(_is_more_than_formulas, layers)) or not all(type(slot) is GrowingLayer for slot in slots):
         return None
     row, cos_sin = x.view(1, -1), tuple(table.view(-1) for table in plan.rotary)
+    output = compiled_token_through(layers, x, cos_sin, cache, cycle_offset) if compiled else None
+    if output is not None:
+        return output
     for i, (layer, slot) in enumerate(zip(layers, slots)):
         attn, mlp = layer.attn, layer.mlp
         # [4, heads, head_dim]: gate, query, key, value
@@ -59,6 +70,15 @@ def one_token_through(
         row = row + _multiply(attn.o_proj, output.reshape(1, -1))
         row = row + _multiply(mlp.down_proj, fused_swiglu(_multiply(mlp.gate_up_proj, fused_norm(row, layer.eps))))
     return row.view(x.shape)
+
+
+def head_of(head: nn.Module, x: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """`head(x)`, [..., hidden] -> [..., vocabulary]; `compiled` is that of `one_token_through`."""
+    if compiled and x.numel() == x.shape[-1] and serves(x) and not torch.is_grad_enabled():
+        output = compiled_product(head, x)
+        if output is not None:
+            return output
+    return linear(head, x)
 
 
 def _sees_all(plan: AttentionPlan) -> bool:
@@ -80,4 +100,4 @@ def _multiply(module: nn.Module, row: torch.Tensor) -> torch.Tensor:
     return linear(module, row[None])[0] if output is None else output
 
 
-__all__ = ["one_token_through"]
+__all__ = ["head_of", "one_token_through"]

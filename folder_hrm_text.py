@@ -65,9 +65,9 @@ def _outside_of_graphs(layer: AdoptedLinear, input: torch.Tensor) -> torch.Tenso
     return layer.forward(input)
 
 
-def adopt(module: nn.Module) -> bool:
+def adopt(module: nn.Module, in_rows: bool = False) -> bool:
     """Takes over a layer of the library, if it is one that is served; its large tensor is freed."""
-    found = _read(module)
+    found = _read(module, in_rows)
     if found is None:
         return False
     matrix, name, bits = found
@@ -99,9 +99,9 @@ def give_back(module: nn.Module) -> None:
     module.__dict__.update(marks)
 
 
-def adopt_model(model: nn.Module) -> int:
-    """Adopts the layers of a model that are served; returns how many."""
-    adopted = [module for module in list(model.modules()) if adopt(module)]
+def adopt_model(model: nn.Module, in_rows: bool = False) -> int:
+    """Adopts the layers of a model that are served; returns how many. `in_rows` is that of `QuantizedMatrix`."""
+    adopted = [module for module in list(model.modules()) if adopt(module, in_rows)]
     measure_products(module._adopted[0] for module in adopted)
     return len(adopted)
 
@@ -126,7 +126,7 @@ def is_adopted(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _read(module: nn.Module) -> tuple[QuantizedMatrix, str, int] | None:
+def _read(module: nn.Module, in_rows: bool) -> tuple[QuantizedMatrix, str, int] | None:
     """The matrix of a layer, the name of the parameter that holds it, and its bits; None for what is not served."""
     scheme = getattr(module, "quantization_scheme", None)
     weights = getattr(scheme, "weights", None)
@@ -141,7 +141,7 @@ def _read(module: nn.Module) -> tuple[QuantizedMatrix, str, int] | None:
     if kind == (8, "channel") and (inputs is None or _is_per_token(inputs)):
         values = _values(module, name, 8)
         digits = (2,) if inputs is None else (1, _STEPS)
-        matrix = QuantizedMatrix(values, scale.detach().float().flatten(), scale.dtype, *digits)
+        matrix = QuantizedMatrix(values, scale.detach().float().flatten(), scale.dtype, *digits, in_rows=in_rows)
     elif kind == (4, "group") and inputs is None and can_store_codes(_shape(module), weights.group_size):
         matrix = ScaledGroups((_values(module, name, 4) + 8).to(torch.uint8), scale.detach())
     else:

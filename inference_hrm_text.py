@@ -32,6 +32,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .cache_hrm_text import HrmTextCache
+from .compiled_hrm_text import compile_model
 from .folder_hrm_text import adopt_model, give_back_model, is_adopted
 from .kernels_hrm_text import has_own_call, is_enabled, use_kernels
 from .packed_hrm_text import is_packed, pack_model, quantize_model, unpack_model
@@ -433,6 +434,7 @@ class InferenceMixin:
     """Speed at inference that a model switches on and off as a whole."""
 
     _decoder: CapturedDecoder | None = None
+    compiles_decoding = False
 
     def optimize_for_inference(
         self, compile_layers: bool = False, weights: str | None = None, keep_weights: bool = True
@@ -473,10 +475,11 @@ class InferenceMixin:
         self.undo_inference_optimization()
         self.eval()
         if self.device.type == "cpu":
-            quantized = 0 if weights is None else quantize_model(self, weights, keep_weights)
-            if compile_layers:
-                logger.warning_once("`compile_layers=True` is of use on CUDA only: packed weights cannot be compiled.")
-            quantized += adopt_model(self)
+            compiles = compile_layers and is_enabled()
+            quantized = 0 if weights is None else quantize_model(self, weights, keep_weights, compiles)
+            quantized += adopt_model(self, compiles)
+            if compiles and self._compile_decoding():
+                return self
             if pack_model(self) + quantized == 0:
                 logger.warning_once(
                     "`optimize_for_inference` packed nothing: the fast kernels are switched off, torch is in "
@@ -489,8 +492,22 @@ class InferenceMixin:
             logger.warning_once(f"`optimize_for_inference` does nothing on {self.device.type!r}.")
         return self
 
+    def _compile_decoding(self) -> bool:
+        """Whether the layers of decoding are compiled now; where that failed, weights take the operators' layout."""
+        parts = [module for module in self.modules() if hasattr(module, "compiles_decoding")]
+        stacks = [module for module in parts if hasattr(module, "layers")]
+        failure = compile_model(self, stacks, self.get_output_embeddings())
+        if failure is not None:
+            logger.warning_once(f"torch could not compile the layers for decoding, which runs uncompiled: {failure}")
+            return False
+        for module in parts:
+            module.compiles_decoding = True
+        return True
+
     def undo_inference_optimization(self) -> Any:
         """Reverses `optimize_for_inference`; returns the model itself."""
+        for module in self.modules():
+            vars(module).pop("compiles_decoding", None)
         unpack_model(self)
         give_back_model(self)
         self._decoder = None
@@ -498,8 +515,8 @@ class InferenceMixin:
 
     @property
     def is_optimized_for_inference(self) -> bool:
-        """Whether weights are packed or decoding is captured."""
-        return self._decoder is not None or is_packed(self) or is_adopted(self)
+        """Whether weights are packed or quantized, or decoding is captured or compiled."""
+        return self.compiles_decoding or self._decoder is not None or is_packed(self) or is_adopted(self)
 
     @staticmethod
     def use_fast_kernels(enabled: bool) -> contextlib.AbstractContextManager:

@@ -340,12 +340,13 @@ _QUANTIZED = {"gqkv_proj": 4, "o_proj": 4, "gate_up_proj": 4, "down_proj": 8, "l
 _TWO_DIGITS = ("o_proj", "down_proj", "lm_head")
 
 
-def quantize_model(model: nn.Module, weights: str, keep: bool) -> int:
+def quantize_model(model: nn.Module, weights: str, keep: bool, in_rows: bool = False) -> int:
     """Quantizes the projections and the output head, one at a time; returns how many are quantized now.
 
     Args:
         weights: "int8" or "int4".
         keep: whether the plain values are kept, for `unpack_model` to give back.
+        in_rows: as of `QuantizedMatrix`.
     """
     # An adapter keeps the layer that it adapts under this name.
     named = ((name.removesuffix(".base_layer"), module) for name, module in model.named_modules())
@@ -353,7 +354,7 @@ def quantize_model(model: nn.Module, weights: str, keep: bool) -> int:
     for module in [module for module in packable(model, can_quantize) if names[module] in _QUANTIZED]:
         name = names[module]
         bits = 8 if weights == "int8" else _QUANTIZED[name]
-        pack_linear(module, quantize(module.weight, bits, 2 if name in _TWO_DIGITS else 1, keep))
+        pack_linear(module, quantize(module.weight, bits, 2 if name in _TWO_DIGITS else 1, keep, in_rows))
     packed = (getattr(parameter, "_packed", None) for parameter in model.parameters())
     matrices = [matrix for matrix in packed if isinstance(matrix, QuantizedMatrix)]
     measure_products(matrices)

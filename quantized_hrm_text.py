@@ -20,7 +20,7 @@ plain formula takes its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,22 @@ def split_digits(
     return numbers, size
 
 
+def split_row(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`split_digits` for one row, traceably: its digits without the 128, each float32 [in], and the unit float32 []."""
+    unit = x.abs().amax().clamp_min(_TINY) / steps
+    scaled = x * unit.reciprocal()
+    first = (scaled + _TO_NEAREST).floor()
+    found = [first - _ZERO]
+    if digits == 2:
+        found.append((((scaled + _ZERO) - first) * _SECOND + _TO_NEAREST).floor() - _ZERO)
+    return found, unit
+
+
+def join_digits(found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What digits stand for, or sums of them."""
+    return found[0] if len(found) == 1 else found[0] + found[1] / _SECOND
+
+
 # ---- matrices -------------------------------------------------------------------------------------------------------
 
 
@@ -149,9 +165,10 @@ class QuantizedMatrix:
         digits: of the inputs, 1 or 2.
         steps: as of `split_digits`.
         plain: the weight itself, to be given back by `to_dense`; None to free it.
+        in_rows: whether the values lie as they are, for `compiled_hrm_text.py`, and not in the operator's own layout.
     """
 
-    bits = 8
+    bits, in_rows = 8, False
 
     def __init__(
         self,
@@ -161,15 +178,23 @@ class QuantizedMatrix:
         digits: int = 1,
         steps: float = _LARGEST,
         plain: torch.Tensor | None = None,
+        in_rows: bool = False,
     ):
         self.shape, self.dtype, self.scale, self.plain = values.shape, dtype, scale, plain
-        self.digits, self.steps, self.keeps = digits, steps, plain is not None
+        self.digits, self.steps, self.keeps, self.in_rows = digits, steps, plain is not None, in_rows
         self._store(values)
 
     def _store(self, values: torch.Tensor) -> None:
-        self._stored = torch.ops.onednn.qlinear_prepack(values, None) if rows_are_exact() else values
+        packs = not self.in_rows and rows_are_exact()
+        self._stored = torch.ops.onednn.qlinear_prepack(values, None) if packs else values
         # The operator asks for them.
         self._zeros = torch.zeros(len(values), dtype=torch.int64)
+
+    def store_for_operator(self) -> None:
+        """Gives the values the operator's own layout, where they lay in rows."""
+        if self.in_rows:
+            self.in_rows = False
+            self._store(self.values())
 
     def values(self) -> torch.Tensor:
         """int8 [out, in]."""
@@ -216,7 +241,10 @@ class QuantizedMatrix:
     def _sums(self, digits: torch.Tensor, unit: float, dtype: torch.dtype) -> torch.Tensor:
         """The same by the operator for these rows; it may round them to the dtype, where nothing is added to them."""
         if not self._stored.is_mkldnn:
-            return self._plain_sums(digits, unit)
+            if not self.in_rows or not products_are_exact():
+                return self._plain_sums(digits, unit)
+            sums = torch._int_mm((digits ^ _ZERO).view(torch.int8), self._stored.mT)
+            return torch.mul(sums, self.scale if unit == 1.0 else self.scale * unit)
         dtype = dtype if self.digits == 1 and dtype is torch.bfloat16 else torch.float32
         return torch.ops.onednn.qlinear_pointwise.default(
             *(digits, unit, _ZERO, self._stored, self.scale, self._zeros, None, 1.0, 0, dtype, "none", [], "")
@@ -230,11 +258,15 @@ class QuantizedMatrix:
 
     def anew(self, weight: torch.Tensor) -> QuantizedMatrix:
         """A matrix of the same kind for other values of the weight."""
-        return quantize(weight, self.bits, self.digits, self.keeps)
+        return quantize(weight, self.bits, self.digits, self.keeps, self.in_rows)
+
+    def row_operands(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]] | None:
+        """What `compiled_hrm_text.py` multiplies one row in a dtype with: which formula, its constants, its tensors."""
+        return (("bytes", self.digits, self.steps), (self._stored, self.scale)) if self.in_rows else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the plain weight, which the layer hands on.
-        arguments = (self.values(), self.scale, self.dtype, self.digits, self.steps)
+        arguments = (self.values(), self.scale, self.dtype, self.digits, self.steps, None, self.in_rows)
         return type(self), arguments, {"keeps": self.keeps}
 
 
@@ -284,13 +316,14 @@ class GroupedMatrix(QuantizedMatrix):
         step, least = self._steps()
         room = torch.empty(width, min(at_a_time, len(packed)) * _CODE_COLUMNS, dtype=torch.int8)
         for start in range(0, len(packed), at_a_time):
-            part = packed[start : start + at_a_time].transpose(0, 1)
-            values = room[:, : part.shape[1] * _CODE_COLUMNS]
+            part = packed[start : start + at_a_time]
+            values = room[:, : len(part) * _CODE_COLUMNS]
             if values.shape[1] != room.shape[1]:
                 values = torch.empty_like(values, memory_format=torch.contiguous_format)
-            low, high = values.view(torch.uint8).view(width, -1, 2, half).unbind(2)
-            torch.bitwise_and(part, 15, out=low)
-            torch.bitwise_right_shift(part, 4, out=high)
+            # Whole words are moved: 32 bytes at a time are too few for a loop of their own.
+            low, high = values.view(torch.int64).view(width, -1, 2, half // 8).unbind(2)
+            torch.bitwise_and(part.view(torch.int64).transpose(0, 1), _LOWER_HALVES, out=low)
+            high.copy_((part >> 4).view(torch.int64).transpose(0, 1))
             here = slice(start * _CODE_COLUMNS, start * _CODE_COLUMNS + values.shape[1])
             grouped = values.view(len(step), -1, values.shape[1])
             yield torch.addcmul(least[:, None, here], grouped, step[:, None, here], out=grouped).view(values.shape)
@@ -311,6 +344,11 @@ class GroupedMatrix(QuantizedMatrix):
             torch.mul(torch._int_mm(signed, values), self.scale[start:stop], out=sums[:, start:stop])
             start = stop
         return sums if unit == 1.0 else sums.mul_(unit)
+
+    def row_operands(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]] | None:
+        # The operator rounds its sums to bfloat16.
+        served = dtype is torch.bfloat16
+        return (("codes", self.digits), (self._codes, self._groups, self.scale)) if served else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         values, (step, least) = self.values(), (part.mT.contiguous() for part in self._steps())
@@ -359,28 +397,35 @@ class ScaledGroups(GroupedMatrix):
                 start = stop
         return output.view(*x.shape[:-1], self.shape[0])
 
+    def row_operands(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]] | None:
+        served = dtype is self.dtype is torch.bfloat16
+        return (("scaled codes", self._width), (self._codes, self._groups)) if served else None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ((self.values() + 8).to(torch.uint8), self.scale)
 
 
 @torch.no_grad()
-def quantize(weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True) -> QuantizedMatrix:
+def quantize(
+    weight: torch.Tensor, bits: int, digits: int = 1, keep: bool = True, in_rows: bool = False
+) -> QuantizedMatrix:
     """Rounds a weight [out, in] to nearest.
 
     Args:
         bits: 8 or 4. A matrix that the 4-bit operator does not take is stored in 8 bits, with the same values.
         digits: as of `QuantizedMatrix`.
         keep: whether the matrix holds the weight itself too.
+        in_rows: as of `QuantizedMatrix`; codes have one layout.
     """
     plain = weight.detach() if keep else None
     if bits == 8 or weight.shape[1] % GROUP:
-        return QuantizedMatrix(*round_rows(weight), weight.dtype, digits, plain=plain)
+        return QuantizedMatrix(*round_rows(weight), weight.dtype, digits, plain=plain, in_rows=in_rows)
     codes, step, least, scale = round_groups(weight)
     if can_store_codes(weight.shape, GROUP):
         return GroupedMatrix(codes, step, least, scale, weight.dtype, digits, plain=plain)
     grouped = codes.view(len(codes), -1, GROUP).to(torch.int8)
     values = (grouped * step[..., None] + least[..., None]).view(weight.shape)
-    return QuantizedMatrix(values, scale, weight.dtype, digits, plain=plain)
+    return QuantizedMatrix(values, scale, weight.dtype, digits, plain=plain, in_rows=in_rows)
 
 
 def measure_products(matrices: Iterable[QuantizedMatrix]) -> None:
@@ -395,6 +440,7 @@ def measure_products(matrices: Iterable[QuantizedMatrix]) -> None:
 # So many outputs lie together in the 4-bit layout: for each input, the codes of the first half in the lower four bits
 # of the bytes, and those of the other half in the upper four.
 _CODE_COLUMNS = 64
+_LOWER_HALVES = 0x0F0F0F0F0F0F0F0F
 
 
 def can_store_codes(shape: torch.Size, width: int) -> bool:
@@ -429,6 +475,19 @@ def rows_are_exact() -> bool:
 
 
 @functools.cache
+def products_are_exact() -> bool:
+    """Whether the product of matrices of 8-bit numbers is here and sums rightly."""
+    try:
+        values = torch.full((64, 256), _LARGEST, dtype=torch.int8)
+        values[1::2].neg_()
+        rows = torch.full((3, 256), -_LARGEST, dtype=torch.int8)
+        rows[1:] = -_ZERO
+        return torch.equal(torch._int_mm(rows, values.mT).long(), rows.long() @ values.long().mT)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+@functools.cache
 def codes_are_exact() -> bool:
     """Whether the 4-bit operator is here, sums rightly, and has the layout that `_columns` reads."""
     try:
@@ -452,4 +511,14 @@ def codes_are_exact() -> bool:
     return exact
 
 
-__all__ = ["GroupedMatrix", "QuantizedMatrix", "ScaledGroups", "can_store_codes", "measure_products", "quantize"]
+__all__ = [
+    "GROUP",
+    "GroupedMatrix",
+    "QuantizedMatrix",
+    "ScaledGroups",
+    "can_store_codes",
+    "join_digits",
+    "measure_products",
+    "quantize",
+    "split_row",
+]

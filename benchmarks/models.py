@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import copy
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def filled_cache(variant: str, model: Any, batch: int, length: int) -> Any:
     if variant == LIBRARY:
         cache = DynamicCache(config=config)
     else:
-        cache = our_class("cache_hrm_text.HrmTextCache")(config=config)
+        # The model's own class: one that is loaded by itself is a copy, which the model takes for another kind of cache.
+        cache = sys.modules[type(model).__module__].HrmTextCache(config=config)
     for slot in range(config.num_hidden_layers):
         # A copy for each slot, as after a prefill: `update` of a dynamic cache keeps what it is given.
         cache.update(block.clone(), block.clone(), slot)

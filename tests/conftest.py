@@ -30,7 +30,7 @@ def _fresh():
 @pytest.fixture(autouse=True)
 def _fast_kernels_are_on(request):
     """Tests of the fast kernels run with them, also where `HRM_TEXT_KERNELS=0` switches them off for all others."""
-    if not request.path.name.startswith(("test_kernels", "test_inference", "test_decoding")):
+    if not request.path.name.startswith(("test_kernels", "test_inference", "test_decoding", "test_compiled")):
         yield
         return
     from .tiny import load_class
