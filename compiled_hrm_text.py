@@ -13,6 +13,7 @@ float32 and rounds what leaves a stack. At its first use it is checked against t
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from .cache_hrm_text import HrmTextCache
 from .folder_hrm_text import AdoptedLinear
 from .kernels_hrm_text import has_own_call
 from .packed_hrm_text import PackedLinear
-from .quantized_hrm_text import GROUP, QuantizedMatrix, join_digits, split_row
+from .quantized_hrm_text import GROUP, QuantizedMatrix, join_digits, split_rows
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,8 @@ _LEAST_KEYS = 2
 # Keys and capacity of the cache that a function is compiled and checked with: two numbers that nothing else has.
 _SAMPLE_KEYS, _SAMPLE_CAPACITY = 37, 83
 _TOLERANCE = 1e-3
+# Where one of them is 1, torch compiles nothing and says nothing.
+_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -55,14 +58,14 @@ def _by_weight(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _by_bytes(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, digits: int, steps: float) -> torch.Tensor:
-    found, unit = split_row(x, digits, steps)
+    found, unit = split_rows(x, digits, steps)
     return (values.float() * _written(join_digits(found))).sum(-1) * (scale * unit)
 
 
 def _by_codes(
     x: torch.Tensor, codes: torch.Tensor, groups: torch.Tensor, scale: torch.Tensor, digits: int
 ) -> torch.Tensor:
-    found, unit = split_row(x, digits)
+    found, unit = split_rows(x, digits)
     rows = torch.stack(found).to(torch.bfloat16)
     sums = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, GROUP, groups).float()
     return join_digits(sums.unbind()) * (scale * unit)
@@ -84,9 +87,7 @@ def _norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean() + eps)
 
 
-def _layer_formulas(
-    kinds: tuple[Kind, ...], head_dim: int, eps: float, scaling: float
-) -> Callable[..., torch.Tensor]:
+def _layer_formulas(kinds: tuple[Kind, ...], head_dim: int, eps: float, scaling: float) -> Callable[..., torch.Tensor]:
     """A layer for one token of one row; `kinds` are those of gqkv_proj, o_proj, gate_up_proj and down_proj."""
 
     def one_token(
@@ -145,49 +146,63 @@ class CompiledFunction:
         has_failed: the compiler failed once, and is not to be asked again.
     """
 
-    def __init__(self, formulas: Callable[..., torch.Tensor]):
+    def __init__(self, formulas: Callable[..., Any]):
         # Torch compiles a code object a limited number of times, for whichever models: so each function has its own.
         code, facts = formulas.__code__.replace(), (formulas.__globals__, formulas.__name__, formulas.__defaults__)
         self._formulas = types.FunctionType(code, *facts, formulas.__closure__)
         self._compiled = torch.compile(self._formulas, fullgraph=True)
         self._is_checked = self.has_failed = False
 
-    def __call__(self, *arguments: Any, sample: Callable[[], tuple[Any, ...]]) -> torch.Tensor:
-        """Calls it.
+    def __call__(self, *arguments: Any, sample: Callable[[], tuple[Any, ...]]) -> Any:
+        """Calls it, outside of inference mode and without gradient: torch would compile anew for either.
 
         Args:
             arguments: of the formulas.
             sample: makes others, to compile and check it with.
 
         Raises:
-            Exception: whatever the compiler raises; a RuntimeError where it computes something else.
+            Exception: whatever the compiler raises; a RuntimeError where it computes something else. `has_failed` is
+                set then.
         """
-        if not self._is_checked:
-            self.check(sample())
-        return self._compiled(*arguments)
+        try:
+            if not self._is_checked:
+                self.check(sample())
+            return self._compiled(*arguments)
+        except Exception:
+            self.has_failed = True
+            raise
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Compares it with its formulas, called one by one."""
         if self._is_checked:
             return
-        try:
-            fast, plain = self._compiled(*arguments), self._formulas(*arguments)
-            if not (fast - plain).norm() <= _TOLERANCE * plain.norm():
-                raise RuntimeError("what it compiled computes something else")
-        except Exception:
-            self.has_failed = True
-            raise
+        fast, plain = self._compiled(*arguments), self._formulas(*arguments)
+        if not (fast - plain).norm() <= _TOLERANCE * plain.norm():
+            raise RuntimeError("what it compiled computes something else")
         self._is_checked = True
 
 
 @functools.cache
-def _function(make: Callable[..., Any], arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> CompiledFunction:
-    """The one of what `make` makes of the arguments, for operands of these shapes."""
+def _function(make: Callable[..., Any], arguments: tuple[Any, ...], kinds: tuple[Any, ...]) -> CompiledFunction:
+    """The one of what `make` makes of the arguments, for tensors of these kinds; see `_kinds_of`."""
     return CompiledFunction(make(*arguments))
 
 
-def _shapes(operands: Sequence[Operands]) -> tuple[Any, ...]:
-    return tuple((tensor.shape, tensor.dtype) for group in operands for tensor in group)
+def _kinds_of(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Shapes and dtypes."""
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+
+
+def _of_any_size(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
+    """The tensor, so marked that what is compiled for it serves every size from 2 of these dimensions."""
+    for dimension in dimensions:
+        torch._dynamo.mark_dynamic(tensor, dimension)
+    return tensor
+
+
+def _why(error: Exception) -> str:
+    """The first line of what a compiler says."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _matrix_of(module: nn.Module) -> QuantizedMatrix | None:
@@ -219,13 +234,16 @@ def _step_of(layer: nn.Module, dtype: torch.dtype) -> tuple[CompiledFunction, li
         return None
     kinds, operands = zip(*found)
     arguments = (kinds, attn.head_dim, layer.eps, attn.scaling)
-    return _function(_layer_formulas, arguments, _shapes(operands)), list(operands)
+    return _function(_layer_formulas, arguments, _kinds_of(sum(operands, ()))), list(operands)
 
 
 def _product_of(module: nn.Module, dtype: torch.dtype) -> tuple[CompiledFunction, Operands] | None:
     """The function of a linear layer, and its operands."""
     found = _operands(module, dtype)
-    return None if found is None else (_function(_product_formulas, found[:1], _shapes(found[1:])), found[1])
+    if found is None:
+        return None
+    kind, operands = found
+    return _function(_product_formulas, (kind,), _kinds_of(operands)), operands
 
 
 def _layer_sample(layer: nn.Module, operands: list[Operands], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -233,12 +251,10 @@ def _layer_sample(layer: nn.Module, operands: list[Operands], dtype: torch.dtype
     generator = torch.Generator().manual_seed(0)
     shape = (2, 1, attn.o_proj.in_features // attn.head_dim, _SAMPLE_CAPACITY, attn.head_dim)
     keys, values = (room.clone() for room in torch.randn(shape, generator=generator).to(dtype))
-    seen, index = torch.zeros(_SAMPLE_KEYS), torch.tensor([_SAMPLE_KEYS - 1])
-    for tensor, dimension in ((seen, 0), (keys, 2), (values, 2)):
-        torch._dynamo.mark_dynamic(tensor, dimension)
+    seen, index = _of_any_size(torch.zeros(_SAMPLE_KEYS), 0), torch.tensor([_SAMPLE_KEYS - 1])
     cos, sin = (table.clone() for table in torch.rand(2, attn.head_dim, generator=generator))
     x = torch.randn(attn.o_proj.out_features, generator=generator)
-    return x, seen, index, cos, sin, keys, values, *operands
+    return x, seen, index, cos, sin, _of_any_size(keys, 2), _of_any_size(values, 2), *operands
 
 
 def _product_sample(module: nn.Module, operands: Operands) -> tuple[Any, ...]:
@@ -257,10 +273,14 @@ def compile_model(model: nn.Module, stacks: Sequence[nn.Module], head: nn.Module
     reason = None
     with torch.inference_mode(False), torch.no_grad():
         try:
+            if "1" in map(os.environ.get, _SWITCHES):
+                raise RuntimeError("the environment switches `torch.compile` off")
             for layer in [layer for stack in stacks for layer in stack.layers]:
                 found = _step_of(layer, model.dtype)
                 if found is None:
-                    reason = "a layer has an adapter, a hook, a bias or weights that only their own library multiplies"
+                    reason = (
+                        "a layer has an adapter, a hook, a bias, or weights that only their own operator multiplies"
+                    )
                     break
                 found[0].check(_layer_sample(layer, found[1], model.dtype))
             found = None if head is None or reason else _product_of(head, model.dtype)
@@ -272,10 +292,6 @@ def compile_model(model: nn.Module, stacks: Sequence[nn.Module], head: nn.Module
         for matrix in filter(None, map(_matrix_of, model.modules())):
             matrix.store_for_operator()
     return reason
-
-
-def _why(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def compiled_token_through(
@@ -316,7 +332,6 @@ def compiled_token_through(
             try:
                 row = step(row, seen, index, cos, sin, *rooms, *operands, sample=sample)
             except Exception as error:  # of the compiler: nothing that the cache holds has changed
-                step.has_failed = True
                 logger.warning_once(f"decoding runs uncompiled: {_why(error)}")
                 return None
         for slot in slots:
@@ -336,7 +351,6 @@ def compiled_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         try:
             output = function(row, operands, sample=sample)
         except Exception as error:
-            function.has_failed = True
             logger.warning_once(f"decoding runs uncompiled: {_why(error)}")
             return None
         return output.to(x.dtype).view(*x.shape[:-1], -1)

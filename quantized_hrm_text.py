@@ -136,9 +136,10 @@ def split_digits(
     return numbers, size
 
 
-def split_row(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """`split_digits` for one row, traceably: its digits without the 128, each float32 [in], and the unit float32 []."""
-    unit = x.abs().amax().clamp_min(_TINY) / steps
+def split_rows(x: torch.Tensor, digits: int, steps: float = _LARGEST) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`split_digits` for a compiler: digits without the 128, each float32 [..., in], and the unit float32 [..., 1]."""
+    x = x.float()
+    unit = x.abs().amax(-1, keepdim=True).clamp_min(_TINY) / steps
     scaled = x * unit.reciprocal()
     first = (scaled + _TO_NEAREST).floor()
     found = [first - _ZERO]
@@ -244,7 +245,8 @@ class QuantizedMatrix:
             if not self.in_rows or not products_are_exact():
                 return self._plain_sums(digits, unit)
             sums = torch._int_mm((digits ^ _ZERO).view(torch.int8), self._stored.mT)
-            return torch.mul(sums, self.scale if unit == 1.0 else self.scale * unit)
+            # In the same memory: what is allocated anew takes longer than the multiplication.
+            return sums.view(torch.float32).copy_(sums).mul_(self.scale if unit == 1.0 else self.scale * unit)
         dtype = dtype if self.digits == 1 and dtype is torch.bfloat16 else torch.float32
         return torch.ops.onednn.qlinear_pointwise.default(
             *(digits, unit, _ZERO, self._stored, self.scale, self._zeros, None, 1.0, 0, dtype, "none", [], "")
@@ -261,7 +263,7 @@ class QuantizedMatrix:
         return quantize(weight, self.bits, self.digits, self.keeps, self.in_rows)
 
     def row_operands(self, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]] | None:
-        """What `compiled_hrm_text.py` multiplies one row in a dtype with: which formula, its constants, its tensors."""
+        """How `compiled_hrm_text.py` multiplies one row in a dtype: the formula, its constants, and its tensors."""
         return (("bytes", self.digits, self.steps), (self._stored, self.scale)) if self.in_rows else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -520,5 +522,5 @@ __all__ = [
     "join_digits",
     "measure_products",
     "quantize",
-    "split_row",
+    "split_rows",
 ]

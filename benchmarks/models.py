@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def filled_cache(variant: str, model: Any, batch: int, length: int) -> Any:
     if variant == LIBRARY:
         cache = DynamicCache(config=config)
     else:
-        # The model's own class: one that is loaded by itself is a copy, which the model takes for another kind of cache.
+        # The model's own class: the same one loaded by itself is a copy, and another class to the model.
         cache = sys.modules[type(model).__module__].HrmTextCache(config=config)
     for slot in range(config.num_hidden_layers):
         # A copy for each slot, as after a prefill: `update` of a dynamic cache keeps what it is given.

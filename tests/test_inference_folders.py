@@ -122,3 +122,19 @@ def test_rows_answer_alone_as_together(folder):
     with torch.no_grad():
         alone = torch.cat([model(IDS[i : i + 1], token_type_ids=TYPES[i : i + 1]).logits for i in range(2)])
     assert ((alone - logits(model)).norm() / alone.norm()) < SCHEMES[folder[0]][2]
+
+
+def test_decoding_with_compiled_layers(folder):
+    scheme, path = folder
+    model = load(path).to(torch.bfloat16)
+    with torch.no_grad():
+        wanted = model(IDS[:1], token_type_ids=TYPES[:1]).logits[:, 5:]
+        model.optimize_for_inference(compile_layers=True)
+        assert len(adopted(model)) == 16 and model.compiles_decoding
+        cache = model(IDS[:1, :5], token_type_ids=TYPES[:1, :5], use_cache=True).past_key_values
+        steps = [
+            model(IDS[:1, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(5, IDS.shape[1])
+        ]
+    assert (torch.cat(steps, dim=1) - wanted).norm() / wanted.norm() < max(SCHEMES[scheme][2], 3e-2)
+    model.undo_inference_optimization()
+    assert not adopted(model) and not model.compiles_decoding
