@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from .cache_hrm_text import HrmTextCache
 from .folder_hrm_text import AdoptedLinear
-from .kernels_hrm_text import has_own_call
+from .kernels_hrm_text import has_own_call, linear, serves
 from .packed_hrm_text import PackedLinear
 from .quantized_hrm_text import GROUP, QuantizedMatrix, join_digits, split_rows
 
@@ -339,7 +339,7 @@ def compiled_token_through(
         return row.to(x.dtype).view(x.shape)
 
 
-def compiled_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def _compiled_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """[..., in] of one row -> [..., out] by a linear layer, or None where it is not served."""
     found = None if torch.is_autocast_enabled("cpu") else _product_of(module, x.dtype)
     if found is None or found[0].has_failed:
@@ -356,4 +356,13 @@ def compiled_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return output.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-__all__ = ["compile_model", "compiled_product", "compiled_token_through"]
+def head_of(head: nn.Module, x: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """`head(x)`, [..., hidden] -> [..., vocabulary]; for one row, compiled if that is asked for and served."""
+    if compiled and x.numel() == x.shape[-1] and serves(x) and not torch.is_grad_enabled():
+        output = _compiled_product(head, x)
+        if output is not None:
+            return output
+    return linear(head, x)
+
+
+__all__ = ["compile_model", "compiled_token_through", "head_of"]

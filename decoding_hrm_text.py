@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention_hrm_text import AttentionPlan
 from .cache_hrm_text import GrowingLayer, HrmTextCache
-from .compiled_hrm_text import compiled_product, compiled_token_through
+from .compiled_hrm_text import compiled_token_through
 from .kernels_hrm_text import fused_norm, fused_swiglu, has_own_call, linear, rotate_differentiably, serves
 from .packed_hrm_text import packed_product
 
@@ -25,28 +25,22 @@ Attend = Callable[..., tuple[torch.Tensor, "torch.Tensor | None"]]
 
 
 def one_token_through(
-    layers: nn.ModuleList,
-    x: torch.Tensor,
-    plan: AttentionPlan,
-    cache: Any,
-    cycle_offset: int,
-    attend: Attend,
-    compiled: bool = False,
+    stack: nn.Module, x: torch.Tensor, plan: AttentionPlan, cache: Any, cycle_offset: int, attend: Attend
 ) -> torch.Tensor | None:
     """What the layers make of one token, or None where they have to be called one by one.
 
     Args:
-        layers: of a stack; their classes are those of `modeling_hrm_text.py`.
+        stack: its layers are of the classes of `modeling_hrm_text.py`.
         x: [1, 1, hidden].
         plan: of the forward pass.
         cache: holds the token afterwards.
         cycle_offset: the cache slot of the first layer.
         attend: of `attention_hrm_text.py`, as the layers call it.
-        compiled: whether to take the layers of `compiled_hrm_text.py` where they serve.
 
     Returns:
         [1, 1, hidden], before the norm at the exit.
     """
+    layers = stack.layers
     if x.shape[:-1] != (1, 1) or torch.is_grad_enabled() or layers.training or not serves(x):
         return None
     if not _sees_all(plan) or type(cache) is not HrmTextCache or len(cache.layers) < cycle_offset + len(layers):
@@ -55,9 +49,10 @@ def one_token_through(
     if any(map(_is_more_than_formulas, layers)) or not all(type(slot) is GrowingLayer for slot in slots):
         return None
     row, cos_sin = x.view(1, -1), tuple(table.view(-1) for table in plan.rotary)
-    output = compiled_token_through(layers, x, cos_sin, cache, cycle_offset) if compiled else None
-    if output is not None:
-        return output
+    if stack.compiles_decoding:
+        output = compiled_token_through(layers, x, cos_sin, cache, cycle_offset)
+        if output is not None:
+            return output
     for i, (layer, slot) in enumerate(zip(layers, slots)):
         attn, mlp = layer.attn, layer.mlp
         # [4, heads, head_dim]: gate, query, key, value
@@ -70,15 +65,6 @@ def one_token_through(
         row = row + _multiply(attn.o_proj, output.reshape(1, -1))
         row = row + _multiply(mlp.down_proj, fused_swiglu(_multiply(mlp.gate_up_proj, fused_norm(row, layer.eps))))
     return row.view(x.shape)
-
-
-def head_of(head: nn.Module, x: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """`head(x)`, [..., hidden] -> [..., vocabulary]; `compiled` is that of `one_token_through`."""
-    if compiled and x.numel() == x.shape[-1] and serves(x) and not torch.is_grad_enabled():
-        output = compiled_product(head, x)
-        if output is not None:
-            return output
-    return linear(head, x)
 
 
 def _sees_all(plan: AttentionPlan) -> bool:
@@ -100,4 +86,4 @@ def _multiply(module: nn.Module, row: torch.Tensor) -> torch.Tensor:
     return linear(module, row[None])[0] if output is None else output
 
 
-__all__ = ["head_of", "one_token_through"]
+__all__ = ["one_token_through"]

@@ -507,7 +507,8 @@ class InferenceMixin:
     def undo_inference_optimization(self) -> Any:
         """Reverses `optimize_for_inference`; returns the model itself."""
         for module in self.modules():
-            vars(module).pop("compiles_decoding", None)
+            if hasattr(module, "compiles_decoding"):
+                module.compiles_decoding = False
         unpack_model(self)
         give_back_model(self)
         self._decoder = None

@@ -41,8 +41,9 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention_hrm_text import AttentionPlan, attend, choose_backend, plan_attention, plan_whole_mask
 from .cache_hrm_text import History, HrmTextCache, OneSlot, kept_whole
+from .compiled_hrm_text import head_of
 from .configuration_hrm_text import HrmTextConfig
-from .decoding_hrm_text import head_of, one_token_through
+from .decoding_hrm_text import one_token_through
 from .folder_hrm_text import AdoptedLinear  # noqa: F401  (transformers before 5.10 copies what this module names)
 from .generation_hrm_text import HrmTextGenerationMixin
 from .inference_hrm_text import InferenceMixin, compiled_layer, compiles_layers
@@ -283,13 +284,11 @@ def _plan_alone(
 class HrmTextStack(nn.Module):
     """`num_layers_per_stack` blocks and the norm at their exit."""
 
-    compiles_decoding = False
-
     def __init__(self, config: HrmTextConfig):
         super().__init__()
         self.config, self.eps = config, config.rms_norm_eps
         self.layers = nn.ModuleList(HrmTextDecoderLayer(config, i) for i in range(config.num_layers_per_stack))
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.compiles_decoding = False
 
     def forward(
         self,
@@ -317,8 +316,7 @@ class HrmTextStack(nn.Module):
             mask = plan.whole_mask(*hidden_states.shape[:2], hidden_states.device)
             return self._call_each(hidden_states, mask, embeddings_of(plan.rotary), note)
         if note is None and not compiles_layers() and all(map(_has_formulas_of_this_room, self.layers)):
-            compiled = self.compiles_decoding
-            output = one_token_through(self.layers, hidden_states, plan, cache, cycle_offset, attend, compiled)
+            output = one_token_through(self, hidden_states, plan, cache, cycle_offset, attend)
             if output is not None:
                 return norm(output, self.eps)
         for i, layer in enumerate(self.layers):

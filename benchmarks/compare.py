@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.llama import TYPES, LlamaCpp
 from benchmarks.measure import describe_machine, joined
-from benchmarks.models import COMPILED, LIBRARY, QUANTIZED, SIZES, VARIANTS, library_is_there
+from benchmarks.models import LIBRARY, QUANTIZED, SIZES, VARIANTS, WITH_COMPILED_LAYER, library_is_there
 from benchmarks.plots import draw
 from benchmarks.sections import QUICK, Bench, Plan, first_compiled_token, peak_memory
 
@@ -142,7 +142,7 @@ def variants_of(options: argparse.Namespace) -> tuple[str, ...]:
     """What is measured, in the order of `VARIANTS`."""
     chosen = options.variants
     if chosen is None:
-        chosen = [name for name in VARIANTS if name != COMPILED or options.compile_layers]
+        chosen = [name for name in VARIANTS if name not in WITH_COMPILED_LAYER or options.compile_layers]
         if options.device != "cpu":
             chosen = [name for name in chosen if name not in QUANTIZED]
     if not library_is_there():

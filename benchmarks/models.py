@@ -14,9 +14,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY, OURS, OPTIMIZED, COMPILED = "library", "ours", "optimized", "optimized + compiled layer"
 INT8, INT4 = "8 bits", "4 bits"
-VARIANTS = (LIBRARY, OURS, OPTIMIZED, COMPILED, INT8, INT4)
-# What `optimize_for_inference(weights=...)` is given.
-QUANTIZED = {INT8: "int8", INT4: "int4"}
+INT8_COMPILED, INT4_COMPILED = f"{INT8} + compiled layer", f"{INT4} + compiled layer"
+VARIANTS = (LIBRARY, OURS, OPTIMIZED, COMPILED, INT8, INT8_COMPILED, INT4, INT4_COMPILED)
+# What `optimize_for_inference` is given: `weights` and `compile_layers`.
+QUANTIZED = {INT8: "int8", INT8_COMPILED: "int8", INT4: "int4", INT4_COMPILED: "int4"}
+WITH_COMPILED_LAYER = (COMPILED, INT8_COMPILED, INT4_COMPILED)
 
 # Fields that differ from the defaults of the config, which are the 1B's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -110,10 +112,9 @@ def build_variant(name: str, ours: Any, in_place: bool = False) -> Any:
         return build_library(ours)
     if name == OURS:
         return ours
+    options: dict[str, Any] = {"compile_layers": name in WITH_COMPILED_LAYER}
     if name in QUANTIZED:
-        options: dict[str, Any] = {"weights": QUANTIZED[name], "keep_weights": False}
-    else:
-        options = {"compile_layers": name == COMPILED}
+        options |= {"weights": QUANTIZED[name], "keep_weights": False}
     return ours.optimize_for_inference(**options) if in_place else build_optimized(ours, **options)
 
 

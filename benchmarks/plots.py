@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import COMPILED, INT4, INT8, LIBRARY, OPTIMIZED, OURS
+from benchmarks.models import COMPILED, INT4, INT4_COMPILED, INT8, INT8_COMPILED, LIBRARY, OPTIMIZED, OURS
 
 
 _COLOURS = {
@@ -13,8 +13,10 @@ _COLOURS = {
     OURS: "#3f7fbf",
     OPTIMIZED: "#e07a2f",
     COMPILED: "#b5482a",
-    INT8: "#c25b9b",
-    INT4: "#7d4fa8",
+    INT8: "#dc9cc4",
+    INT8_COMPILED: "#c25b9b",
+    INT4: "#b299cf",
+    INT4_COMPILED: "#7d4fa8",
     # Greens, the fewer bits the darker; files of earlier runs have the first.
     "llama.cpp": "#5f9e6e",
     "llama.cpp BF16": "#a3cfae",

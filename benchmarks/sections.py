@@ -22,7 +22,9 @@ from benchmarks.llama import LlamaCpp, measure_llama
 from benchmarks.measure import Figure, Limits, free_memory, held_memory, interleaved, merged
 from benchmarks.models import (
     INT4,
+    INT4_COMPILED,
     INT8,
+    INT8_COMPILED,
     LIBRARY,
     OPTIMIZED,
     OURS,
@@ -42,7 +44,7 @@ from benchmarks.quantized import measure_quantized
 AGREEMENT, AGREEMENT_TIMES = 1e-4, 1.25
 # Bytes of one weight of the stacks and of one of the output head, at the least: no scales. "int4" keeps the last of
 # a layer's four matrices, a fifth of it, in 8 bits.
-_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT4: (0.6, 1.0)}
+_WEIGHT_BYTES = {INT8: (1.0, 1.0), INT8_COMPILED: (1.0, 1.0), INT4: (0.6, 1.0), INT4_COMPILED: (0.6, 1.0)}
 
 
 @dataclass

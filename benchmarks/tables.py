@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import OPTIMIZED
+from benchmarks.models import VARIANTS
 
 
 Rows = list[dict[str, Any]]
@@ -66,7 +66,7 @@ def _numbers(case: str) -> list[int]:
 
 def _rank(variant: str) -> tuple[bool, int]:
     """Ours first, from many bits to few."""
-    order = ("library", "ours", OPTIMIZED, "8 bits", "4 bits", "BF16", "Q8_0", "Q4_0", "Q4_K_M")
+    order = (*VARIANTS, "BF16", "Q8_0", "Q4_0", "Q4_K_M")
     name = variant.removeprefix("llama.cpp ")
     return variant.startswith("llama.cpp"), order.index(name) if name in order else len(order)
 

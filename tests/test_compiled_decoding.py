@@ -29,7 +29,7 @@ def compiled_model(weights=None, dtype=torch.float32, **options):
 @pytest.fixture
 def served(monkeypatch):
     """Says of each stack call of one token, and of each of the head, whether a compiled function served it."""
-    room, calls = sibling(tiny_model(), "decoding_hrm_text"), []
+    calls = []
 
     def watched(real):
         def call(*arguments):
@@ -39,8 +39,9 @@ def served(monkeypatch):
 
         return call
 
-    for name in ("compiled_token_through", "compiled_product"):
-        monkeypatch.setattr(room, name, watched(getattr(room, name)))
+    for room, name in (("decoding", "compiled_token_through"), ("compiled", "_compiled_product")):
+        module = sibling(tiny_model(), f"{room}_hrm_text")
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return calls
 
 

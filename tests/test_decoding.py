@@ -20,8 +20,8 @@ def served(monkeypatch):
     module = sibling(tiny_model(), "modeling_hrm_text")
     calls, real = [], module.one_token_through
 
-    def watched(layers, x, *others):
-        output = real(layers, x, *others)
+    def watched(stack, x, *others):
+        output = real(stack, x, *others)
         if x.shape[1] == 1:
             calls.append(output is not None)
         return output

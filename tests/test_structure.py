@@ -34,11 +34,12 @@ ARROWS = {
     "loading": "versions",
     "reading": "cache layout versions",
     "attention": "kernels layout versions",
-    "decoding": "attention cache kernels packed",
+    "compiled": "cache folder kernels packed quantized",
+    "decoding": "attention cache compiled kernels packed",
     "generation": "cache layout reading versions",
-    "inference": "cache folder kernels packed versions",
-    "modeling": "attention cache configuration decoding folder generation inference kernels layout loading packed "
-    "quantized reading versions",
+    "inference": "cache compiled folder kernels packed versions",
+    "modeling": "attention cache compiled configuration decoding folder generation inference kernels layout loading "
+    "packed quantized reading versions",
 }
 MOST_LINES = 560
 LONGER = {
