@@ -1,4 +1,4 @@
-"""`optimize_for_inference`: packed weights on the CPU, captured decoding on CUDA, and one compiled layer for all.
+"""`optimize_for_inference`: packed weights or compiled decoding on the CPU, captured decoding on CUDA.
 
 A decoding step of HRM-Text launches thousands of small kernels, and launching them takes several times as long as
 running them. So a step is captured in a CUDA graph over static buffers, and replayed. Each call of `generate` has
@@ -450,8 +450,11 @@ class InferenceMixin:
         `use_fast_kernels`), or torch is in deterministic mode, nothing is measured and nothing packed.
 
         Args:
-            compile_layers: on CUDA, also compile one layer, whose graph serves all layer calls of the captured steps;
-                the first step then takes some seconds longer.
+            compile_layers: one layer is compiled, for all layer calls. On the CPU that is done at once, in up to half
+                a minute the first time on a machine, and asks for a C++ compiler; a new token of one row is then read
+                at the speed of the memory. Weights keep the plain layout for it, in which prompts and batches take up
+                to a tenth longer than in the packed one. Without a compiler, it is said and the weights are packed.
+                On CUDA it concerns the captured steps, whose first one takes some seconds longer.
             weights: on the CPU, "int8" or "int4" also rounds the weights of the projections and of the output head,
                 in seconds; see `quantized_hrm_text.py`. Answers then are those of the rounded weights, by whatever
                 path and also with the fast kernels switched off (slowly). None leaves them as they are.

@@ -275,6 +275,28 @@ def test_the_table_of_speed_is_the_file_of_results():
             assert float(cell) == pytest.approx(found, abs=0.0051), (name, case)
 
 
+def test_the_table_beside_llama_cpp_is_the_file_of_results():
+    rows = json.loads((ROOT / "benchmarks/results/cpu_bits.json").read_text())["rows"]
+    (table,) = (table for table in tables_of(PAGES[0]) if table[0][0] == "on this EPYC, seconds")
+    cases = [*(f"step at context {context}" for context in (128, 1024, 3072)), "prompt of 128"]
+    variants = {
+        "transformers' class": "library",
+        "`optimize_for_inference()`": "optimized",
+        "`(compile_layers=True)`": "optimized + compiled layer",
+        '`(compile_layers=True, weights="int8")`': "8 bits + compiled layer",
+        '`(compile_layers=True, weights="int4")`': "4 bits + compiled layer",
+    }
+    assert [cells[0] for cells in table[1:6]] == list(variants) and len(table) == 10
+    for name, *cells in table[1:]:
+        for case, cell in zip(cases, cells, strict=True):
+            (found,) = (
+                row["median"]
+                for row in rows
+                if (row["section"], row["case"], row["variant"]) == ("llama.cpp", case, variants.get(name, name))
+            )
+            assert float(cell) == pytest.approx(found, abs=0.0051 if case.startswith("prompt") else 0.00051)
+
+
 @pytest.mark.slow
 def test_the_table_of_modes_is_what_its_command_prints():
     """Outcomes are the same, and differences of logits within a factor of three."""

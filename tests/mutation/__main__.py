@@ -42,6 +42,7 @@ TESTS = (
     "test_gradient_steps.py",
     "test_cache_generate.py",
     "test_decoding.py",
+    "test_compiled_decoding.py",
     "test_one_answer_backends.py",
     "test_model_faults.py",
 )

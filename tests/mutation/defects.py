@@ -366,4 +366,22 @@ DEFECTS: tuple[Defect, ...] = (
         'if plan.backend != "sdpa" or plan.is_causal or plan.block_queries is not None:',
         "one new token reads the padding before it",
     ),
+    Defect(
+        "compiled_hrm_text.py",
+        "slots = cache.layers[cycle_offset : cycle_offset + len(layers)]",
+        "slots = cache.layers[: len(layers)]",
+        "compiled, all cycles of one new token write the slots of the first",
+    ),
+    Defect(
+        "compiled_hrm_text.py",
+        "seen, index = torch.empty(length + 1), torch.tensor([length])",
+        "seen, index = torch.empty(length), torch.tensor([length])",
+        "compiled, a new token does not see itself",
+    ),
+    Defect(
+        "compiled_hrm_text.py",
+        "opening, up = _product(kinds[2], _norm(x, eps), of_gate_up).chunk(2)",
+        "up, opening = _product(kinds[2], _norm(x, eps), of_gate_up).chunk(2)",
+        "compiled, the gate and what it opens change places",
+    ),
 )
