@@ -87,7 +87,8 @@ class HrmTextGenerationMixin(VersionedGenerationMixin):
         handed = kwargs.get("prompt_layout")
         if handed is not None:
             # A call from inside `generate`: the main model hands its layout to an assistant, which may come from
-            # another folder and then has its own copy of the class.
+            # another folder and then has its own copy of the class; transformers 5.0 adds that of a forward call.
+            kwargs.pop("layout", None)
             kwargs["prompt_layout"] = PromptLayout(handed.types, handed.stated, handed.padded)
             return
         if types is not None and not self.config.prefix_lm:

@@ -61,7 +61,7 @@ def is_near(found, wanted, bound=1e-4):
 )
 def test_it_answers_as_a_plain_forward(served, weights, dtype):
     model = compiled_model(weights, dtype)
-    assert is_near(decode(model), whole(model), BOUNDS[dtype])
+    assert is_near(decode(model), whole(model), ONE_STEP if weights else BOUNDS[dtype])
     assert len(served) == 3 * (model.config.H_cycles * (model.config.L_cycles + 1) + 1) and all(served)
 
 
@@ -70,7 +70,7 @@ def test_weights_in_rows_are_the_same_weights():
     assert torch.equal(model.state_dict()["lm_head.weight"], packed.state_dict()["lm_head.weight"])
     for rows in (1, 3):
         ids = IDS.expand(rows, -1)
-        assert is_near(whole(model, ids), whole(packed, ids), 1e-3)
+        assert is_near(whole(model, ids), whole(packed, ids), ONE_STEP)
     matrix = model.model.L_module.layers[0].mlp.down_proj.weight._packed
     other = packed.model.L_module.layers[0].mlp.down_proj.weight._packed
     assert torch.equal(matrix.values(), other.values()) and torch.equal(matrix.scale, other.scale)
@@ -79,7 +79,7 @@ def test_weights_in_rows_are_the_same_weights():
 def test_what_cannot_be_compiled_is_said(monkeypatch, caplog):
     model = tiny_model().optimize_for_inference(compile_layers=True, weights="int4")
     assert not model.compiles_decoding and "weights that only their own operator multiplies" in caplog.text
-    assert is_near(decode(model), whole(model))
+    assert is_near(decode(model), whole(model), ONE_STEP)
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     model = tiny_model().optimize_for_inference(compile_layers=True)
     assert not model.compiles_decoding and "switches `torch.compile` off" in caplog.text
@@ -109,7 +109,7 @@ def test_another_number_of_threads():
 
 
 def hook(model):
-    model.model.L_module.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: output + 0.1)
+    model.model.L_module.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
 def adapter(model):
@@ -124,7 +124,8 @@ def test_layers_that_do_more_are_called(served, change, weights):
     before = decode(model)
     served.clear()
     change(model)
-    assert is_near(decode(model), whole(model)) and not is_near(decode(model), before)
+    assert is_near(decode(model), whole(model), ONE_STEP if weights else 1e-4)
+    assert not is_near(decode(model), before, 2e-3)
     assert any(served) and not all(served), "the other stack and the head alone are served"
     reason = "an adapter, a hook"
     assert reason in sibling(model, "compiled_hrm_text").compile_model(model, [model.model.L_module], None)
@@ -184,7 +185,7 @@ def test_a_compiler_that_is_missing(monkeypatch, caplog):
     assert not model.compiles_decoding
     assert "needs a C++ compiler" in caplog.text and "No working C++ compiler found" in caplog.text
     matrix = model.lm_head.weight._packed
-    assert not matrix.in_rows and is_near(decode(model), whole(model), 3e-2)
+    assert not matrix.in_rows and is_near(decode(model), whole(model), ONE_STEP)
 
 
 def test_a_compiler_that_computes_something_else(monkeypatch, caplog):
@@ -244,7 +245,7 @@ def test_saved_and_moved(tmp_path, served):
     reloaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in tiny_model().state_dict().items())
     model.to(torch.bfloat16)
-    assert is_near(decode(model), whole(model), 3e-2) and all(served)
+    assert is_near(decode(model), whole(model), ONE_STEP) and all(served)
 
 
 # ---- the one rule ---------------------------------------------------------------------------------------------------
