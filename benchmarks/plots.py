@@ -24,6 +24,8 @@ _COLOURS = {
     "llama.cpp Q4_0": "#3f7f52",
     "llama.cpp Q4_K_M": "#275c38",
 }
+# So many labels side by side do not overlap.
+_MOST_LABELS = 7
 _OTHERS = ("#6b7a8f", "#8d6b94", "#b185a7", "#c3a29e")
 _TITLES = {
     "prefill": "Prefill of one prompt",
@@ -60,9 +62,12 @@ def draw(result: dict[str, Any], output: Path) -> list[Path]:
         sections = [name for name in _TITLES if any(row["section"] == name for row in mine)]
         if not sections:
             continue
-        figure, axes = plt.subplots(len(sections), 1, figsize=(9, 3.1 * len(sections)), squeeze=False)
-        for axis, section in zip(axes[:, 0], sections):
-            _bars(axis, [row for row in mine if row["section"] == section], _TITLES[section])
+        panels = [
+            panel for name in sections for panel in _panels(name, [row for row in mine if row["section"] == name])
+        ]
+        figure, axes = plt.subplots(len(panels), 1, figsize=(9, 3.1 * len(panels)), squeeze=False)
+        for axis, (title, shown) in zip(axes[:, 0], panels):
+            _bars(axis, shown, title)
         machine = result["machine"]
         about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
         layers = f" with {result['layers_per_stack']} layers a stack" if "layers_per_stack" in result else ""
@@ -74,6 +79,15 @@ def draw(result: dict[str, Any], output: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
     return written
+
+
+def _panels(section: str, rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """What is drawn for a section: one panel, or two where steps would vanish beside prompts."""
+    title = _TITLES[section]
+    kinds = [kind for kind in ("step", "prompt") if any(row["case"].startswith(kind) for row in rows)]
+    if len(kinds) < 2:
+        return [(title, rows)]
+    return [(f"{title}: {kind}s", [row for row in rows if row["case"].startswith(kind)]) for kind in kinds]
 
 
 def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
@@ -94,7 +108,7 @@ def _bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
                     times = row.get("times_library")
                     labels.append(f"{times:.2f}{'' if as_speed else 'x'}" if times else "")
         bars = axis.bar(places, heights, width * 0.92, color=colours[variant], label=variant)
-        axis.bar_label(bars, labels, fontsize=6.5, padding=1)
+        axis.bar_label(bars, labels, fontsize=6.5, padding=1, rotation=90 if len(variants) > _MOST_LABELS else 0)
     line = {"colors": "black", "linestyles": "dotted", "linewidth": 1.2}
     for place, case in enumerate(cases):
         reference = next((row for row in rows if row["case"] == case and "limit" in row), None)

@@ -30,6 +30,7 @@ from benchmarks.models import (
     OURS,
     QUANTIZED,
     VARIANTS,
+    WITH_COMPILED_LAYER,
     build_ours,
     build_variant,
     config_of,
@@ -119,7 +120,8 @@ class Bench:
             elif before is not None:
                 sizes[name] = {"median": held_memory() - before + (plain if alone else 0)}
         self.models = {name: self.models[name] for name in self.variants}
-        self.note_bytes("bytes", "weights", sizes)
+        # What a compiler holds is no weight.
+        self.note_bytes("bytes", "weights", {name: sizes[name] for name in sizes if name not in WITH_COMPILED_LAYER})
 
     def let_go(self) -> None:
         """Frees the models, for what runs in processes of its own or builds its own."""
