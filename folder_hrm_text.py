@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 _MARKS = ("forward", "quantization_scheme", "quantization_status")
 # The library rounds inputs so that the largest of a token is half of 255 steps.
 _STEPS = 127.5
+# Rows whose numbers are unpacked together, for which they take four bytes each.
+_ROWS_AT_A_TIME = 256
 
 
 class AdoptedLinear(nn.Linear):
@@ -170,8 +172,11 @@ def _values(module: nn.Linear, name: str, bits: int) -> torch.Tensor:
     held = module._parameters[name].detach()
     if name == "weight_packed":
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        numbers = (held[..., None] >> shifts) & ((1 << bits) - 1)
-        return (numbers - (1 << (bits - 1))).to(torch.int8).flatten(1)[:, : module.in_features].contiguous()
+        values = torch.empty(len(held), module.in_features, dtype=torch.int8)
+        for rows, part in zip(values.split(_ROWS_AT_A_TIME), held.split(_ROWS_AT_A_TIME)):
+            numbers = ((part[..., None] >> shifts) & ((1 << bits) - 1)) - (1 << (bits - 1))
+            rows.copy_(numbers.flatten(1)[:, : module.in_features])
+        return values
     if held.dtype is torch.int8:
         return held
     scale = module.weight_scale.detach().float()

@@ -452,9 +452,9 @@ class InferenceMixin:
         Args:
             compile_layers: one layer is compiled, for all layer calls. On the CPU that is done at once, in up to half
                 a minute the first time on a machine, and asks for a C++ compiler; a new token of one row is then read
-                at the speed of the memory. Weights keep the plain layout for it, in which prompts and batches take up
-                to a tenth longer than in the packed one. Without a compiler, it is said and the weights are packed.
-                On CUDA it concerns the captured steps, whose first one takes some seconds longer.
+                at the speed of the memory. Weights keep the plain layout for it, in which prompts take up to a tenth
+                longer than in the packed one, and steps of several rows up to half as long again. Without a compiler,
+                that is said and the weights are packed. On CUDA it concerns the captured steps.
             weights: on the CPU, "int8" or "int4" also rounds the weights of the projections and of the output head,
                 in seconds; see `quantized_hrm_text.py`. Answers then are those of the rounded weights, by whatever
                 path and also with the fast kernels switched off (slowly). None leaves them as they are.

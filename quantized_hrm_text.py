@@ -296,7 +296,7 @@ class GroupedMatrix(QuantizedMatrix):
         self.shape, self.dtype, self.scale, self.plain = codes.shape, dtype, scale, plain
         self.digits, self.steps, self.keeps = digits, _LARGEST, plain is not None
         # The operator multiplies (code - 8) * step + zero; both are whole numbers that bfloat16 holds exactly.
-        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        self._codes = _packed(codes)
         pairs = (step.mT.float(), least.mT.float() + 8 * step.mT.float())
         self._groups = torch.stack(pairs, dim=-1).to(torch.bfloat16)
 
@@ -372,7 +372,7 @@ class ScaledGroups(GroupedMatrix):
         self.shape, self.dtype, self.scale, self.plain = codes.shape, scale.dtype, scale, None
         self.digits, self.steps, self.keeps = 0, 0.0, False
         self._width = codes.shape[1] // scale.shape[1]
-        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        self._codes = _packed(codes)
         pairs = (scale.mT, torch.zeros_like(scale.mT))
         self._groups = torch.stack(pairs, dim=-1).to(torch.bfloat16)
 
@@ -443,6 +443,14 @@ def measure_products(matrices: Iterable[QuantizedMatrix]) -> None:
 # of the bytes, and those of the other half in the upper four.
 _CODE_COLUMNS = 64
 _LOWER_HALVES = 0x0F0F0F0F0F0F0F0F
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [out, in] in the 4-bit layout, uint8 [out, in / 2]; some rows at a time, since they are widened."""
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for rows, part in zip(packed.split(_ROUNDED_ROWS), codes.split(_ROUNDED_ROWS)):
+        rows.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1))
+    return packed
 
 
 def can_store_codes(shape: torch.Size, width: int) -> bool:
