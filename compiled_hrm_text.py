@@ -174,6 +174,8 @@ class CompiledFunction:
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Compares it with its formulas, called one by one."""
+        if self.has_failed:
+            raise RuntimeError("it failed in this process before")
         if self._is_checked:
             return
         fast, plain = self._compiled(*arguments), self._formulas(*arguments)

@@ -216,6 +216,7 @@ def test_a_compiler_that_fails_later(monkeypatch, served, caplog):
         assert is_near(decode(model), wanted)
         assert len(calls) == 1 and "out of space" in caplog.text and step.has_failed
         assert sum(served) == 3, "the head alone"
+        assert not tiny_model().optimize_for_inference(compile_layers=True).compiles_decoding, "nothing is tried again"
     step.has_failed = False
     assert is_near(decode(model), wanted)
 
